@@ -1,0 +1,36 @@
+# make env    the environment, in .venv           make demo   the whole job on real images, in minutes
+# make check  style, types, layers                make test   every test that can run on this machine
+# make unit   the tests that take seconds         make clean  remove what the demo wrote
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: env check unit test demo clean
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is not there or older than 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+check: env
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest tests/unit/test_layers.py
+
+unit: env
+	$(RUN) -m pytest tests/unit
+
+test: check
+	$(RUN) -m pytest --deselect tests/unit/test_layers.py
+
+demo: env
+	$(RUN) -m uvit_dist.demo
+
+clean:
+	rm -rf runs/digits_demo

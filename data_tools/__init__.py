@@ -1,0 +1,1 @@
+"""Jobs that turn images into shards, references and checks of both."""

@@ -1,0 +1,31 @@
+"""Shards and a reference of the digits, made once for all tests of whole jobs."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools import precompute_latents
+from data_tools.fid_reference import make_reference
+from data_tools.images import DigitsSource
+from tests.tiny import tiny_config
+
+
+class FewDigits(DigitsSource):
+    def __init__(self):
+        super().__init__()
+        self.keys, self.labels = self.keys[:120], self.labels[:120]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    config = tiny_config(directory, directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precompute_latents, "open_source", lambda *_: FewDigits())
+        precompute_latents.precompute(config, 32, torch.device("cpu"))
+    out = io.BytesIO()
+    np.savez(out, **make_reference(config))
+    (directory / "reference.npz").write_bytes(out.getvalue())
+    return directory

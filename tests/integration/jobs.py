@@ -1,0 +1,67 @@
+"""What the ranks of the tests run: the real jobs, with real faults at chosen places."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from uvit_dist import dist, metrics, storage
+from uvit_dist.config import Config
+from uvit_dist.errors import UserError
+from uvit_dist.preemption import StopFlag
+from uvit_dist.train import Report, train
+
+
+def _before(owner: Any, name: str, condition: Callable[..., bool], action: Callable[[], None]) -> None:
+    """Do ``action`` before the call of ``owner.name`` for which the condition holds."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if condition(*args):
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def train_job(config: Config, fault: str = "none") -> str:
+    """Train as a worker does. fault: what happens to this rank. Returns how it ended."""
+    ranks = dist.ranks_from_environment()
+
+    def end(number: int) -> Callable[[], None]:
+        return lambda: os.kill(os.getpid(), number)
+
+    if fault == "kill one rank after step 7" and ranks.rank == 1:
+        _before(Report, "after_step", lambda _, step, *__: step == 7, end(signal.SIGKILL))
+    if fault == "kill all ranks as the checkpoint of step 10 is committed":
+        _before(storage, "write_bytes", lambda path, _: path.endswith("manifest.json") and "00000010" in path,
+                end(signal.SIGKILL))  # fmt: skip
+    if fault == "SIGTERM to one rank in step 7" and ranks.rank == 1:
+        _before(Report, "after_step", lambda _, step, *__: step == 6, end(signal.SIGTERM))
+    metrics.set_up_logging(config.run_dir, ranks)
+    dist.start(ranks, 60)
+    try:
+        complete = train(config, ranks, StopFlag())
+    except UserError as error:
+        return f"{type(error).__name__} {error.exit_code}: {error}"
+    dist.stop()
+    return "complete" if complete else "stopped"
+
+
+def evaluate_job(config: Config, last_unit: int | None = None) -> Any:
+    """Evaluate as a worker does; killed before it stores a unit after ``last_unit``."""
+    from uvit_dist.evaluate import evaluate
+    from uvit_dist.work import WorkDirectory
+
+    ranks = dist.ranks_from_environment()
+    if last_unit is not None:
+        _before(
+            WorkDirectory, "put", lambda _, unit, __: unit > last_unit, lambda: os.kill(os.getpid(), signal.SIGKILL)
+        )
+    dist.start(ranks, 60)
+    try:
+        return evaluate(config, ranks)
+    except UserError as error:
+        return f"{type(error).__name__} {error.exit_code}: {error}"

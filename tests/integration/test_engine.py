@@ -1,0 +1,145 @@
+"""The engine against plain torch: AdamW, accumulation, clipping and EMA are what they say, at every ZeRO stage."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config
+from uvit_dist.models.uvit import UViT
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+STEPS = 6
+OPTIONS = ["optimizer.lr=3e-3", "optimizer.betas=[0.9, 0.95]", "optimizer.warmup_steps=3", "ema.decay=0.9",
+           "ema.warmup=false", "train.global_batch_size=24"]  # fmt: skip
+
+
+def network(config):
+    torch.manual_seed(0)
+    return UViT(**config.model.model_dump())
+
+
+def batches():
+    """x, noise, timesteps and labels of every step."""
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        x, noise = torch.randn(2, 24, 4, 8, 8, generator=draw)
+        yield x, noise, torch.randint(1, 1001, (24,), generator=draw), torch.randint(0, 11, (24,), generator=draw)
+
+
+def loss_of(net, batch):
+    x, noise, timesteps, labels = batch
+    return (net(x, timesteps, y=labels).float() - noise).square().mean()
+
+
+def engine_job(config):
+    """A few steps on every rank. Returns losses, gradient norms, and this rank's state."""
+    from uvit_dist import dist
+    from uvit_dist.engine import Engine
+
+    ranks = dist.ranks_from_environment()
+    dist.start(ranks, 60)
+    engine = Engine(network(config), config, ranks)
+    start = {key: value.clone() for key, value in engine.local_state().items() if key.startswith("master")}
+    results, size, micro = [], 24 // ranks.world_size, config.train.micro_batch_size
+    for batch in batches():
+        mine = [part[ranks.rank * size : (ranks.rank + 1) * size] for part in batch]
+        pieces = [tuple(part[first : first + micro] for part in mine) for first in range(0, size, micro)]
+        result = engine.train_step(pieces, loss_of, flag=ranks.rank == 1)
+        results.append((result.loss, result.grad_norm, result.flag))
+    return results, {key: value.clone() for key, value in engine.local_state().items()}, start
+
+
+def whole(states):
+    """The fragments of all ranks as whole flat tensors; each element held exactly once."""
+    pieces = sorted((kind, name, int(start), value) for state in states for key, value in state.items()
+                    for kind, name, start in [key.split("/")])  # fmt: skip
+    out = {}
+    for kind, name, start, value in pieces:
+        before = out.get((kind, name), torch.empty(0))
+        assert len(before) == start, f"{kind} of {name} has a gap or an overlap at {start}"
+        out[kind, name] = torch.cat([before, value])
+    return out
+
+
+def reference(config):
+    """The same steps in plain torch, on one batch of 24, with the update rule written out by the library."""
+    net = network(config)
+    ema = copy.deepcopy(net)
+    rules = config.optimizer
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=rules.betas, eps=rules.eps, weight_decay=0.03)
+    results = []
+    for step, batch in enumerate(batches()):
+        optimizer.param_groups[0]["lr"] = rules.lr * min(step / rules.warmup_steps, 1)
+        loss = loss_of(net, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), rules.clip_grad_norm or float("inf"))
+        optimizer.step()
+        for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
+            average.data.mul_(0.9).add_(weight.data, alpha=0.1)
+        results.append((loss.item(), norm.item()))
+    out = {}
+    for (name, weight), average in zip(net.named_parameters(), ema.parameters(), strict=True):
+        state = optimizer.state[weight]
+        out |= {("master", name): weight, ("ema", name): average}
+        out |= {(kind, name): state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+    return results, {key: value.detach().flatten() for key, value in out.items()}
+
+
+@pytest.fixture
+def config_of(data_dir, tmp_path):
+    def make(*options, ranks=2):
+        return tiny_config(data_dir, tmp_path, *OPTIONS, f"launch.processes_per_node={ranks}", *options)
+
+    return make
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp32_equals_plain_torch_with_accumulation_and_clipping(config_of, stage):
+    config = config_of(f"zero.stage={stage}", "train.precision=fp32", "optimizer.clip_grad_norm=0.05",
+                       "train.micro_batch_size=6", "model.use_checkpoint=true")  # fmt: skip
+    told = run_ranks(engine_job, 2, config)
+    results, state = reference(config)
+    assert told[0][0] == told[1][0], "all ranks learn the same"
+    assert all(flag for *_, flag in told[0][0]), "rank 1's flag reaches all"
+    assert [loss for loss, *_ in told[0][0]] == pytest.approx([loss for loss, _ in results], rel=2e-6)
+    assert [norm for _, norm, _ in told[0][0]] == pytest.approx([norm for _, norm in results], rel=1e-5)
+    assert max(norm for _, norm in results) > 0.05, "clipping did something"
+    ours = whole([state for _, state, _ in told])
+    assert ours.keys() == state.keys()
+    scale = {"master": 3e-6, "ema": 1e-6, "exp_avg": 1e-6, "exp_avg_sq": 1e-8}
+    for key, value in state.items():
+        assert (ours[key] - value).abs().max() <= scale[key[0]], key
+    moved = max((state["ema", name] - state["master", name]).abs().max() for kind, name in state if kind == "ema")
+    assert moved > 1e-3, "the average is not the weights"
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("bf16_autocast", 1), ("bf16_autocast", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+)
+def test_bf16_keeps_fp32_masters_and_stays_near_fp32(config_of, precision, stage):
+    config = config_of(f"zero.stage={stage}", f"train.precision={precision}", "train.micro_batch_size=12")
+    told = run_ranks(engine_job, 2, config)
+    initial = {name: p.detach().flatten() for name, p in network(config).named_parameters()}
+    start = whole([start for _, _, start in told])
+    assert all(torch.equal(start["master", name], value) for name, value in initial.items()), "unrounded at the start"
+    results, state = reference(config)
+    assert [loss for loss, *_ in told[0][0]] == pytest.approx([loss for loss, _ in results], rel=2e-3)
+    ours = whole([state for _, state, _ in told])
+    assert all(value.dtype == torch.float32 for value in ours.values())
+    for kind, bound in (("master", 0.05), ("ema", 0.05)):
+        off = torch.cat([ours[kind, name] - state[kind, name] for name in initial]).norm()
+        moved = torch.cat([state[kind, name] - initial[name] for name in initial]).norm()
+        assert off <= bound * moved, f"{kind}: {off / moved:.3f} of the way it went"
+
+
+def test_under_autocast_accumulation_equals_ranks_exactly(config_of):
+    """One rank with two micro-batches, two ranks with one: the same products, sums of two numbers."""
+    options = ["zero.stage=1", "train.precision=bf16_autocast", "train.micro_batch_size=12"]
+    ((one, alone, _),) = run_ranks(engine_job, 1, config_of(*options, ranks=1))
+    two = run_ranks(engine_job, 2, config_of(*options))
+    assert [loss for loss, *_ in one] == pytest.approx([loss for loss, *_ in two[0][0]], rel=1e-7)
+    together, alone = whole([state for _, state, _ in two]), whole([alone])
+    assert all(torch.equal(together[key], value) for key, value in alone.items())

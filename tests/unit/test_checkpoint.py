@@ -1,0 +1,178 @@
+"""Checkpoints: whole or not there, the newest whole one chosen, never a silent fresh start."""
+
+import json
+
+import pytest
+import torch
+
+from uvit_dist import checkpoint, dist, storage
+from uvit_dist.dist import Ranks
+from uvit_dist.errors import CheckpointError, MissingInputError, OutputError
+from uvit_dist.models.uvit import UViT
+
+ALONE = Ranks()
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    dist.start(ALONE, 10)
+    yield
+    dist.stop()
+
+
+NETWORK = {"img_size": 8, "patch_size": 2, "in_chans": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def save(run_dir, step, keep=2):
+    torch.manual_seed(step)
+    net = UViT(**NETWORK)
+    state = {}
+    for name, value in net.state_dict().items():
+        cut = value.numel() // 3  # in two pieces, as two ranks would hold it
+        for kind in ("master", "ema"):
+            state[f"{kind}/{name}/0"] = value.flatten()[:cut].clone()
+            state[f"{kind}/{name}/{cut}"] = value.flatten()[cut:].clone()
+    manifest = {
+        "step": step,
+        "shapes": {k: list(v.shape) for k, v in net.state_dict().items()},
+        "config": {"model": NETWORK},
+    }
+    checkpoint.save(str(run_dir), state, manifest, ALONE, keep)
+    return net
+
+
+def steps(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_what_is_saved_is_read_in_any_cut(tmp_path):
+    net = save(tmp_path, 5)
+    reader = checkpoint.CheckpointReader(checkpoint.newest_whole(str(tmp_path), "hash"))
+    full = reader.full("ema")
+    assert all(torch.equal(full[name], value) for name, value in net.state_dict().items())
+    flat = net.pos_embed.flatten()
+    for first, numel in ((0, 1), (3, 200), (len(flat) - 2, 2)):
+        assert torch.equal(reader.read("master", "pos_embed", first, numel), flat[first : first + numel])
+    with pytest.raises(CheckpointError, match="master of pos_embed lacks elements"):
+        reader.read("master", "pos_embed", len(flat) - 1, 2)
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (5, 10, 15, 100):
+        save(tmp_path, step, keep=2)
+    assert steps(tmp_path) == ["step-00000015", "step-00000100"]
+    assert checkpoint.newest_whole(str(tmp_path)).name == "step-00000100"
+
+
+def damage(path, how):
+    file = path / "rank-00000.safetensors"
+    if how == "flipped":
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif how == "no file":
+        file.unlink()
+    elif how == "no manifest":
+        (path / "manifest.json").unlink()
+    elif how == "bad manifest":
+        (path / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "verify", "reason"),
+    [
+        ("truncated", "size", "bytes, the manifest says"),
+        ("no file", "size", r"rank-00000\.safetensors is missing"),
+        ("no manifest", "size", r"manifest\.json is missing"),
+        ("bad manifest", "size", "the manifest cannot be read"),
+        ("flipped", "hash", "differs from its hash"),
+    ],
+)
+def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path, how, verify, reason):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    damage(tmp_path / "checkpoints/step-00000010", how)
+    assert checkpoint.newest_whole(str(tmp_path), verify).name == "step-00000005"
+    damage(tmp_path / "checkpoints/step-00000005", how)
+    with pytest.raises(CheckpointError, match=rf"2 checkpoint\(s\), none of them whole:(\n.*)*{reason}"):
+        checkpoint.newest_whole(str(tmp_path), verify)
+    assert steps(tmp_path) == ["step-00000005", "step-00000010"], "nothing is deleted"
+    save(tmp_path, 10)
+    assert checkpoint.newest_whole(str(tmp_path), verify).name == "step-00000010"
+
+
+def test_a_run_that_goes_on_from_an_earlier_one_never_loses_it(tmp_path):
+    for step in (5, 8, 10):
+        save(tmp_path, step, keep=3)
+    for step in (8, 10):
+        damage(tmp_path / f"checkpoints/step-{step:08d}", "flipped")
+    chosen = checkpoint.newest_whole(str(tmp_path), "hash")
+    assert chosen.name == "step-00000005"
+    checkpoint.set_aside_newer(chosen)
+    for step, kept in ((6, [5, 6]), (7, [6, 7]), (8, [7, 8])):
+        save(tmp_path, step, keep=2)
+        assert [name for name in steps(tmp_path) if name.startswith("step")] == [f"step-{k:08d}" for k in kept]
+        assert checkpoint.newest_whole(str(tmp_path), "hash").name == f"step-{step:08d}"
+    assert [name for name in steps(tmp_path) if name.startswith("damaged")] == [
+        "damaged-step-00000008-0", "damaged-step-00000010-0"
+    ]  # fmt: skip
+    for name in ("step-00000007", "step-00000008"):
+        (tmp_path / "checkpoints" / name).rename(tmp_path / name)
+    with pytest.raises(CheckpointError, match="set aside earlier"):
+        checkpoint.newest_whole(str(tmp_path), "hash")
+
+
+def test_a_damaged_header_is_explained_even_if_only_sizes_are_checked(tmp_path):
+    save(tmp_path, 5)
+    file = tmp_path / "checkpoints/step-00000005/rank-00000.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    path = checkpoint.newest_whole(str(tmp_path), "size")
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors cannot be read"):
+        checkpoint.CheckpointReader(path)
+
+
+def test_a_run_that_never_saved_starts_anew(tmp_path):
+    assert checkpoint.newest_whole(str(tmp_path)) is None
+    (tmp_path / "checkpoints/.tmp-step-00000005").mkdir(parents=True)
+    assert checkpoint.newest_whole(str(tmp_path)) is None, "a save that never ended was never a checkpoint"
+    save(tmp_path, 5)
+    assert steps(tmp_path) == ["step-00000005"]
+
+
+@pytest.mark.parametrize("place", ["rank file", "manifest"])
+def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch, place):
+    save(tmp_path, 5)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "checkpoints/step-00000005").iterdir()}
+
+    def full(*_):
+        raise OutputError("No space left on device") if place == "manifest" else OSError(28, "No space left on device")
+
+    owner, name = (storage, "write_bytes") if place == "manifest" else (checkpoint, "save_file")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            save(tmp_path, 10)
+    assert checkpoint.newest_whole(str(tmp_path), "hash").name == "step-00000005"
+    assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoints/step-00000005").iterdir()} == before
+    save(tmp_path, 15)
+    assert steps(tmp_path) == ["step-00000005", "step-00000015"]
+
+
+def test_exported_weights_load_without_the_run(tmp_path):
+    net = save(tmp_path, 5)
+    assert checkpoint.export_weights(str(tmp_path), tmp_path / "ema.safetensors", "ema") == 5
+    loaded = UViT.from_file(tmp_path / "ema.safetensors")
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0])
+    assert torch.equal(loaded(x, t), net.eval()(x, t))
+    with pytest.raises(MissingInputError, match="holds no checkpoint; train first"):
+        checkpoint.export_weights(str(tmp_path / "none"), tmp_path / "x", "ema")
+
+
+def test_the_manifest_says_what_is_there(tmp_path):
+    save(tmp_path, 5)
+    manifest = json.loads((tmp_path / "checkpoints/step-00000005/manifest.json").read_text())
+    assert (manifest["step"], manifest["world_size"], manifest["version"]) == (5, 1, 1)
+    (file,) = manifest["files"]
+    assert file["size"] == (tmp_path / "checkpoints/step-00000005" / file["name"]).stat().st_size

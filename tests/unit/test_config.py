@@ -1,0 +1,118 @@
+"""Strict YAML: every mistake at once, with its key, the rule and the nearest name."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny import DEMO, ROOT
+from uvit_dist.config_yaml import dump_config, load_config
+from uvit_dist.errors import ConfigError
+
+
+def mistakes(*overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, overrides)
+    return str(caught.value)
+
+
+def test_a_dumped_config_reads_back_equal(tmp_path):
+    config = load_config(DEMO, ["optimizer.lr=3e-4", "run_dir=else where"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert (again.optimizer.lr, again.run_dir) == (3e-4, "else where")
+
+
+def test_a_config_cannot_be_changed():
+    config = load_config(DEMO)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_key():
+    text = mistakes(
+        "model.embed_dims=64",
+        "optimiser.lr=1",
+        "train.steps=many",
+        "train.log_every=0",
+        "zero.stage=4",
+        "run_dir=s3://bucket/run",
+    )
+    assert "6 mistake(s)" in text
+    assert "run_dir s3://bucket/run must be a local path" in text, "rules between values that are right in themselves"
+    assert "model.embed_dims: no such key; did you mean model.embed_dim?" in text
+    assert "optimiser: no such key; did you mean optimizer?" in text
+    assert "train.steps: 'many': Input should be a valid integer" in text
+    assert "train.log_every: 0: Input should be greater than or equal to 1" in text or "greater than 0" in text
+    assert re.search(r"zero\.stage: 4: Input should be 0, 1, 2 or 3", text)
+
+
+def test_types_are_strict_but_yaml_numbers_are_numbers():
+    assert load_config(DEMO, ["optimizer.lr=1"]).optimizer.lr == 1.0
+    assert "optimizer.lr: '1e-4': Input should be a valid number" in mistakes("optimizer.lr='1e-4'")
+    assert "model.conv: 'yes'" in mistakes("model.conv=yes"), "yes is a string in YAML 1.2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.global_batch_size=60"], "train.global_batch_size 60 must be divisible by data.lanes 8"),
+        (["train.micro_batch_size=24"], "must be divisible by train.micro_batch_size x ranks = 24 x 2 = 48"),
+        (["launch.processes_per_node=3"], "3 ranks must divide data.lanes 8; valid numbers of ranks: [1, 2]"),
+        (["model.num_heads=3"], "model: embed_dim 128 must be divisible by num_heads 3"),
+        (["diffusion.null_label=11"], "diffusion.null_label 11 must be the last label, 10 = model.num_classes - 1"),
+        (["diffusion.null_label=null"], "sample.cfg_scale 1.5 needs diffusion.null_label"),
+        (["train.precision=bf16", "zero.stage=0"], "train.precision bf16 needs zero.stage 1, 2 or 3"),
+        (["diffusion.null_label=3"], "diffusion.null_label 3 must be the last label, 10"),
+        (["launch.nodes=2"], "launch.target local is this machine alone; set launch.nodes 1"),
+        (["run_dir=s3://bucket/run"], "run_dir s3://bucket/run must be a local path, not a URL"),
+        (["seed=18446744073709551616"], "seed: 18446744073709551616: Input should be less than"),
+        (["checkpoint.keep=1"], "checkpoint.keep: 1: Input should be greater than or equal to 2"),
+        (["train.steps"], "override 'train.steps': write it as section.key=value"),
+        (["run_dir.x=1"], "override 'run_dir.x=1': run_dir is a value, not a section"),
+        (["train.steps=[1"], "not valid YAML"),
+    ],
+)
+def test_broken_rules_are_explained(overrides, message):
+    assert message in mistakes(*overrides)
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config .*none\.yaml: cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds list, not a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "control.yaml").write_text("a: \x01\n")
+    with pytest.raises(ConfigError, match=r"control\.yaml: not valid YAML"):
+        load_config(tmp_path / "control.yaml")
+    (tmp_path / "twice.yaml").write_text("a: 1\na: 2\n")
+    with pytest.raises(ConfigError, match="line 2: not valid YAML: found duplicate key"):
+        load_config(tmp_path / "twice.yaml")
+
+
+def test_the_command_ends_with_78_and_no_traceback_before_anything_starts(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "uvit_dist.launch",
+        "--config",
+        str(DEMO),
+        f"run_dir={tmp_path}/run",
+        "train.step=5",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 78
+    assert "train.step: no such key; did you mean train.steps?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_key_is_described():
+    from uvit_dist.config import Config
+
+    for name, section in Config.model_fields.items():
+        fields = getattr(section.annotation, "model_fields", {name: section})
+        assert all(field.description for field in fields.values()), name

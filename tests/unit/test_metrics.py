@@ -1,0 +1,96 @@
+"""Logs: JSON lines always, W&B never in the way, plain lines where there is no terminal."""
+
+import json
+import logging
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+import wandb
+
+from tests.tiny import ROOT
+from uvit_dist.metrics import MetricsLog, Progress
+
+RECORD = {"step": 3, "loss": 0.5, "grad_norm": 1.0, "images_per_s": 10.0}
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_json_lines_are_appended_and_there_at_once(tmp_path):
+    for step in (1, 2):
+        metrics = MetricsLog(str(tmp_path), {})
+        metrics.write({**RECORD, "step": step})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
+        metrics.close()
+
+
+@pytest.mark.parametrize("place", ["init", "log"])
+def test_wandb_that_fails_stops_nothing(tmp_path, monkeypatch, caplog, place):
+    class Run:
+        def log(self, *_, **__):
+            raise OSError("no route to host")
+
+        def finish(self):
+            raise AssertionError("left alone after it failed")
+
+    def init(**options):
+        assert options["resume"] == "allow"
+        if place == "init":
+            raise OSError("no route to host")
+        return Run()
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "init", init)
+    logging.getLogger("uvit_dist").propagate = True
+    metrics = MetricsLog(str(tmp_path), {})
+    metrics.write(RECORD)
+    metrics.write({**RECORD, "step": 4})
+    metrics.close()
+    assert caplog.text.count("no route to host") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_wandb_itself_offline_keeps_its_id_over_attempts(tmp_path):
+    code = (
+        "import sys; from uvit_dist.metrics import MetricsLog\n"
+        f"m = MetricsLog({str(tmp_path)!r}, {{'a': 1}}); m.write({RECORD!r}); m.close()"
+    )
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True, capture_output=True)
+    identity = (tmp_path / "wandb_id").read_text()
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{identity}"))) == 2
+
+
+def test_plain_lines_where_there_is_no_terminal(caplog):
+    logging.getLogger("uvit_dist").propagate = True
+    with caplog.at_level(logging.INFO):
+        progress = Progress(0, 3, visible=True)
+        progress.update(3, RECORD)
+        progress.close()
+    assert "step 3 of 3, loss 0.5000, gradient norm 1.000, 10 images/s, 0 s left" in caplog.text
+
+
+def test_a_bar_on_a_terminal():
+    code = (
+        "from uvit_dist.metrics import Progress\n"
+        f"p = Progress(0, 6, True); p.update(3, {RECORD!r}); p._bar.refresh(); p.close()"
+    )
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 120))
+    done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=slave)
+    assert done.wait() == 0
+    os.close(slave)
+    shown = os.read(master, 100_000).decode()
+    os.close(master)
+    assert "3/6" in shown
+    assert "loss 0.5000, 10 images/s" in shown

@@ -1,0 +1,61 @@
+"""Files by path and by URL: whole or not there, exact ranges, errors that say what to do."""
+
+import pytest
+
+from uvit_dist import storage
+from uvit_dist.errors import DataError, MissingInputError, OutputError
+
+
+@pytest.fixture(params=["path", "file URL", "memory URL"])
+def base(request, tmp_path):
+    return {"path": str(tmp_path), "file URL": f"file://{tmp_path}", "memory URL": f"memory://{tmp_path.name}"}[
+        request.param
+    ]
+
+
+def test_what_is_written_is_read(base):
+    path = storage.join(base, "a.bin")
+    assert not storage.exists(path)
+    storage.write_bytes(path, b"0123456789")
+    assert storage.exists(path)
+    assert storage.size(path) == 10
+    assert storage.read_bytes(path) == b"0123456789"
+    assert storage.read_range(path, 3, 4) == b"3456"
+    assert storage.sizes_in(base) == {"a.bin": 10}
+    assert storage.parent(path) == base
+
+
+def test_a_range_beyond_the_end_is_an_error_not_a_short_read(base):
+    path = storage.join(base, "a.bin")
+    storage.write_bytes(path, b"0123456789")
+    with pytest.raises(DataError, match=r"a\.bin: ends at byte 10 where 12 are expected: the file is truncated"):
+        storage.read_range(path, 8, 4)
+
+
+def test_missing_files_are_named(base):
+    path = storage.join(base, "none.bin")
+    for call in (storage.read_bytes, storage.size, lambda p: storage.read_range(p, 0, 1)):
+        with pytest.raises(MissingInputError, match=r"none\.bin: no such file"):
+            call(path)
+    assert storage.sizes_in(storage.join(base, "nowhere")) == {}
+
+
+def write_half(path):
+    with storage.atomic_write(path) as file:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+
+def test_a_write_that_fails_leaves_what_was_there(base):
+    path = storage.join(base, "a.bin")
+    storage.write_bytes(path, b"before")
+    with pytest.raises(OutputError, match=r"a\.bin: cannot be written \(No space left"):
+        write_half(path)
+    assert storage.read_bytes(path) == b"before"
+    assert storage.sizes_in(base) == {"a.bin": 6}
+
+
+def test_a_directory_that_cannot_be_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="choose another directory or mend its permissions"):
+        storage.make_directory(str(tmp_path / "file" / "run"))

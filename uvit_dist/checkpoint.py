@@ -1,0 +1,256 @@
+"""Checkpoints: step directories that appear whole or not at all, and the choice of the newest whole one.
+
+``checkpoints/step-00000500/`` holds one safetensors file for each rank and ``manifest.json``. All is written under a
+temporary name and made durable, every rank reports its file's size and hash, and the renaming of the directory is the
+commit. What a kill leaves behind is a temporary directory, which the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from uvit_dist import dist, storage
+from uvit_dist.dist import Ranks
+from uvit_dist.errors import CheckpointError, MissingInputError, OutputError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d{8,})")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A rank's file: name, bytes, xxh3 (128 bits) of its content."""
+
+    name: str
+    size: int
+    xxh3: str
+
+
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir, "checkpoints")
+
+
+def _hash_file(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _save_local(directory: Path, rank: int, state: dict[str, Tensor]) -> FileRecord | str:
+    """Write and fsync this rank's file. Returns its record, or what went wrong."""
+    path = directory / f"rank-{rank:05d}.safetensors"
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return FileRecord(path.name, path.stat().st_size, _hash_file(path))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        return f"{path}: {error}"
+
+
+def save(run_dir: str, state: dict[str, Tensor], manifest: dict[str, Any], ranks: Ranks, keep: int) -> Path:
+    """Commit one checkpoint. A collective call.
+
+    state: this rank's flat tensors (Engine.local_state); manifest: what is the same for all ranks, with "step"; keep:
+    how many whole ones to keep. Returns the directory.
+    Raises ``OutputError`` on every rank where any rank cannot write; the checkpoints before it stay as they are.
+    """
+    parent = checkpoints_dir(run_dir)
+    final = parent / f"step-{manifest['step']:08d}"
+    temporary = parent / f".tmp-{final.name}"
+
+    def prepare() -> None:
+        storage.make_directory(str(parent))
+        for leftover in parent.glob(".tmp-*"):
+            storage.remove_tree(leftover)
+        storage.make_directory(str(temporary))
+
+    def commit() -> None:
+        files = [asdict(record) for record in records if isinstance(record, FileRecord)]
+        whole = {"version": VERSION, **manifest, "world_size": ranks.world_size, "files": files}
+        storage.write_bytes(str(temporary / MANIFEST), json.dumps(whole, indent=1).encode())
+        storage.fsync_directory(temporary)
+        set_aside(final)
+        temporary.rename(final)
+        storage.fsync_directory(parent)
+        _retain(parent, manifest["step"], keep)
+
+    dist.on_main(ranks, prepare)
+    records = dist.gather(_save_local(temporary, ranks.rank, state))  # the gather is the vote
+    errors = [record for record in records if isinstance(record, str)]
+    if errors:
+        raise OutputError(
+            f"the checkpoint of step {manifest['step']} cannot be written: {'; '.join(errors)}. "
+            "Free space or mend the directory and start again: the last whole checkpoint is untouched."
+        )
+    dist.on_main(ranks, commit)
+    return final
+
+
+def set_aside(directory: Path) -> None:
+    """Rename a checkpoint that is not to be used, if it is there. Nothing of a user's is deleted for being damaged."""
+    number = 0
+    while directory.exists():
+        aside = directory.with_name(f"damaged-{directory.name}-{number}")
+        if not aside.exists():
+            directory.rename(aside)
+        number += 1
+
+
+def _retain(parent: Path, step: int, keep: int) -> None:
+    """Delete all but the newest ``keep`` whole checkpoints up to ``step``, the one just committed."""
+    whole = [path for path in _steps(parent) if _step_of(path) <= step and defect(path, verify="size") is None]
+    for path in whole[keep:]:
+        # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under a valid name.
+        doomed = parent / f".tmp-old-{path.name}"
+        path.rename(doomed)
+        storage.remove_tree(doomed)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _steps(parent: Path) -> list[Path]:
+    """Step directories, newest first."""
+    if not parent.is_dir():
+        return []
+    found = [path for path in parent.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def defect(directory: Path, verify: str) -> str | None:
+    """Why a checkpoint is not whole, or none. verify: "size", or "hash" to read every byte."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if manifest["version"] != VERSION:
+            return f"version {manifest['version']} of the format, this program reads {VERSION}"
+        for item in manifest["files"]:
+            record, path = FileRecord(**item), directory / item["name"]
+            size = path.stat().st_size
+            if size != record.size:
+                return f"{record.name} has {size} bytes, the manifest says {record.size}"
+            if verify == "hash" and _hash_file(path) != record.xxh3:
+                return f"{record.name} differs from its hash in the manifest"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"the manifest cannot be read ({error})"
+    return None
+
+
+def newest_whole(run_dir: str, verify: str = "size") -> Path | None:
+    """The newest whole checkpoint of a run, or none where the run has never saved.
+
+    Damaged ones are named in the log and passed over. Raises ``CheckpointError`` if there are checkpoints and none is
+    whole: a run that silently starts anew would lose all that was trained.
+    """
+    parent = checkpoints_dir(run_dir)
+    reasons = []
+    for path in _steps(parent):
+        reason = defect(path, verify)
+        if reason is None:
+            return path
+        log.warning("checkpoint %s is not whole: %s", path, reason)
+        reasons.append(f"{path.name}: {reason}")
+    reasons += [f"{path.name}: set aside earlier" for path in parent.glob("damaged-*")]
+    if reasons:
+        listed = "\n  ".join(reasons)
+        raise CheckpointError(
+            f"{parent}: {len(reasons)} checkpoint(s), none of them whole:\n  {listed}\n"
+            "Bring back a whole one from a copy, or use another run_dir to start anew."
+        )
+    return None
+
+
+def set_aside_newer(path: Path) -> None:
+    """Set aside the checkpoints after the one that a run resumes from: they are damaged, and will be made anew."""
+    for other in _steps(path.parent):
+        if _step_of(other) > _step_of(path):
+            log.warning("checkpoint %s is set aside: the run goes on from %s", other, path)
+            set_aside(other)
+
+
+class CheckpointReader:
+    """Reads any range of any tensor of a checkpoint, whatever ranks and ZeRO stage wrote it.
+
+    Raises ``CheckpointError`` where a file cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        for item in self.manifest["files"]:
+            try:
+                file = safe_open(directory / item["name"], framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{directory}: {item['name']} cannot be read ({error}); use another") from None
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                kind, name, start = key.split("/")
+                numel = file.get_slice(key).get_shape()[0]
+                self._pieces[kind, name].append((int(start), numel, file, key))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+
+    def read(self, kind: str, name: str, first: int, numel: int) -> Tensor:
+        """``numel`` elements of a flattened tensor from ``first``, fp32. Raises ``CheckpointError`` on a gap."""
+        out, end, place = [], first + numel, first
+        for start, length, file, key in self._pieces[kind, name]:
+            if start <= place < min(start + length, end):
+                stop = min(start + length, end)
+                out.append(file.get_slice(key)[place - start : stop - start])
+                place = stop
+        if place != end:
+            raise CheckpointError(
+                f"{self.directory}: {kind} of {name} lacks elements {place}…{end - 1}; use another checkpoint"
+            )
+        return torch.cat(out)
+
+    def full(self, kind: str) -> dict[str, Tensor]:
+        """All tensors of a kind ("ema", "master"), by parameter name, in shape. Needs no process group."""
+        shapes: dict[str, list[int]] = self.manifest["shapes"]
+        return {
+            name: self.read(kind, name, 0, int(torch.Size(shape).numel())).reshape(shape)
+            for name, shape in shapes.items()
+        }
+
+
+def export_weights(run_dir: str, out: Path, kind: str) -> int:
+    """Write the weights of a run's newest whole checkpoint to ``out``. kind: "ema" or "master". Returns the step.
+
+    Raises ``MissingInputError`` where the run has no checkpoint.
+    """
+    path = newest_whole(run_dir)
+    if path is None:
+        raise MissingInputError(f"{run_dir}: holds no checkpoint; train first")
+    reader = CheckpointReader(path)
+    step = reader.manifest["step"]
+    model = {key: value for key, value in reader.manifest["config"]["model"].items() if key != "use_checkpoint"}
+    metadata = {
+        "model": json.dumps(model),
+        "config": json.dumps(reader.manifest["config"]),
+        "step": str(step),
+        "kind": kind,
+    }
+    storage.write_bytes(str(out), to_safetensors(reader.full(kind), metadata))
+    return step

@@ -1,0 +1,116 @@
+"""The configuration as strict YAML plus ``section.key=value`` overrides.
+
+Every mistake is reported at once, each with its full key, the rule, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from uvit_dist.config import Config, rules_between
+from uvit_dist.errors import ConfigError
+
+
+def _key_names(section: Any, loc: Sequence[int | str]) -> list[str]:
+    """Names that are valid beside the last key of ``loc``."""
+    for key in loc[:-1]:
+        field = (
+            section.model_fields.get(str(key)) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        )
+        section = field.annotation if field else None
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _describe(error: Any) -> list[str]:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _key_names(Config, error["loc"]), n=1, cutoff=0.5)
+        hint = f"; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])}?" if near else ""
+        return [f"{key}: no such key{hint}"]
+    if error["type"] == "missing":
+        return [f"{key}: missing; give it a value"]
+    if error["type"] == "value_error":  # one of our own rules, perhaps several
+        return [f"{key}: {line}" if key else line for line in str(error["ctx"]["error"]).splitlines()]
+    return [f"{key}: {error['input']!r}: {error['msg']}"]
+
+
+def parse_config(tree: dict[str, Any], origin: str = "configuration") -> Config:
+    """A mapping as read from YAML → ``Config``. Raises ``ConfigError`` that lists every mistake."""
+    try:  # JSON's strict rules: a list may be a tuple and 1 may be 1.0, but "1" is no number
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        errors = error.errors()
+        lines = [line for item in errors for line in _describe(item)]
+        if not any(item["loc"] == () for item in errors):  # pydantic looks at these only where all else is well
+            lines += [message for holds, message in rules_between(_valid_sections(tree)) if not holds]
+        raise ConfigError(f"{origin}: {len(lines)} mistake(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: {error}; use plain numbers, strings, lists and mappings") from None
+
+
+def _valid_sections(tree: dict[str, Any]) -> dict[str, Any]:
+    """The sections, and single values, that are right in themselves."""
+    found = {}
+    for name, field in Config.model_fields.items():
+        value = tree.get(name, None if field.is_required() else {})
+        with contextlib.suppress(ValidationError):
+            adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)  # type: ignore[arg-type]
+            found[name] = adapter.validate_json(json.dumps(value), strict=True)
+    return found
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{origin}{where}: not valid YAML: {error.problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}") from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides (values are YAML), check everything.
+
+    Raises ``ConfigError`` (exit code 78) with every mistake and its full key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error}); give the path of a YAML file") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of sections")
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {override!r}: write it as section.key=value")
+        *parents, last = key.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        branch[last] = _parse_yaml(value, f"override {override!r}")
+    return parse_config(tree, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that ``load_config`` reads back to an equal one."""
+    out = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(config.model_dump(mode="json"), out)
+    return out.getvalue()

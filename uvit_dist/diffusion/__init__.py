@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: tensors in, tensors out."""

@@ -1,0 +1,297 @@
+"""The training engine over DeepSpeed: step, gradient norm, fp32 masters, EMA under ZeRO 0–3, state in and out.
+
+The one module that knows DeepSpeed. Its fp32 master weights and Adam's moments are reached as *fragments*: runs of a
+parameter that this rank owns. Fragments of all ranks tile every parameter exactly, so that a state saved on any number
+of ranks at any stage can be loaded on any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from uvit_dist import dist
+from uvit_dist.config import Config
+from uvit_dist.dist import Ranks
+from uvit_dist.ema import ema_decay_at, ema_update_
+from uvit_dist.errors import CheckpointError, NumericalError
+
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+"""What is kept of every parameter, all fp32: master weight, Adam's two moments, EMA."""
+
+Source = Callable[[str, str, int, int], Tensor]
+"""(kind, parameter name, first element, number of elements) → flat fp32 tensor."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """``numel`` elements of a flattened parameter from ``start``, at ``offset`` of a flat master tensor."""
+
+    name: str
+    start: int
+    numel: int
+    master: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the global batch; grad_norm: of the averaged gradient, before clipping; lr: of this update.
+
+    flag: whether any rank raised its flag.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    flag: bool
+
+
+class _Autocast(nn.Module):
+    """The network under bf16 autocast, entered inside the module, where DeepSpeed leaves it alone."""
+
+    def __init__(self, net: nn.Module, device_type: str, enabled: bool) -> None:
+        super().__init__()
+        self.net, self.device_type, self.enabled = net, device_type, enabled
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Without its cache autocast keeps no bf16 copy of a weight beyond its use, which ZeRO-3 relies on.
+        autocast = torch.autocast(self.device_type, torch.bfloat16, cache_enabled=False)
+        with autocast if self.enabled else nullcontext():
+            return self.net(*args, **kwargs)
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
+    """min(step / warmup, 1) * lr: the rate of the update number ``step``, from 0 (official code)."""
+    return lr * min(step / warmup_steps, 1.0) if warmup_steps else lr
+
+
+class Engine:
+    """Trains a network with AdamW under DeepSpeed ZeRO. ``step`` counts the updates made.
+
+    After construction every rank holds the same weights, and the EMA equals them. Raises what DeepSpeed raises.
+    """
+
+    def __init__(self, net: nn.Module, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks, self.step = config, ranks, 0
+        self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * ranks.world_size)
+        net = net.to(ranks.device)
+        self._shapes = {name: p.shape for name, p in net.named_parameters()}
+        initial = {name: p.detach().clone().flatten() for name, p in net.named_parameters()}
+        wrapped = _Autocast(net, ranks.device.type, config.train.precision == "bf16_autocast")
+        optimizer = torch.optim.AdamW(
+            wrapped.parameters(),
+            lr=0.0,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            # The CPU's fused kernel rounds the tail of a tensor otherwise: results would depend on how it is cut.
+            fused=ranks.device.type == "cuda",
+        )
+        # Its CPU shared-memory collective is compiled at first use, into a cache that all processes share.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._ds, *_ = deepspeed.initialize(
+            model=wrapped, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
+        )
+        self._names = {p: name.removeprefix("net.") for name, p in self._ds.module.named_parameters()}
+        self._base: torch.optim.Optimizer = getattr(self._ds.optimizer, "optimizer", self._ds.optimizer)
+        self._masters = self._find_masters()
+        self.fragments = tuple(self._find_fragments())
+        self._ema = [master.detach().clone() for master in self._masters]
+        self._create_adam_state()
+        zeros = {name: torch.zeros_like(value) for name, value in initial.items()}
+        start = {"master": initial, "ema": initial, "exp_avg": zeros, "exp_avg_sq": zeros}
+        # Under bf16, DeepSpeed's masters start from rounded weights: put the unrounded ones there.
+        self.load_state(lambda kind, name, first, n: start[kind][name][first : first + n], step=0)
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        train, zero = self.config.train, self.config.zero
+        return {
+            "train_batch_size": train.global_batch_size,
+            "train_micro_batch_size_per_gpu": train.micro_batch_size,
+            "gradient_accumulation_steps": self._micro_batches,
+            "gradient_clipping": self.config.optimizer.clip_grad_norm or 0.0,
+            "bf16": {"enabled": train.precision == "bf16"},
+            "zero_optimization": {
+                "stage": zero.stage,
+                "overlap_comm": zero.overlap_comm and self.ranks.device.type == "cuda",
+                "contiguous_gradients": True,
+                "reduce_bucket_size": zero.bucket_size,
+                "allgather_bucket_size": zero.bucket_size,
+                "stage3_prefetch_bucket_size": zero.bucket_size,
+                # This option would replace torch.nn.functional.linear for the whole process.
+                "memory_efficient_linear": False,
+            },
+            "steps_per_print": 2**62,
+            "wall_clock_breakdown": False,
+        }
+
+    # -- one update -----------------------------------------------------------------------------------------------
+
+    def train_step(
+        self, micro_batches: Sequence[Any], loss_of: Callable[[nn.Module, Any], Tensor], flag: bool = False
+    ) -> StepResult:
+        """One optimizer update over this rank's micro-batches, then the EMA.
+
+        loss_of(network, micro_batch) is the mean loss, a scalar; flag: something to tell all ranks (a signal, say).
+        Every rank learns the same loss, gradient norm and flag, by one collective.
+        Raises ``NumericalError`` on every rank, before anything is changed, where one of them is not finite.
+        """
+        assert len(micro_batches) == self._micro_batches
+        lr = learning_rate(self.step, self.config.optimizer.lr, self.config.optimizer.warmup_steps)
+        for group in self._base.param_groups:
+            group["lr"] = lr
+        self._ds.train()
+        losses = []
+        for number, micro_batch in enumerate(micro_batches):
+            loss = loss_of(self._ds, micro_batch)
+            self._ds.backward(loss)
+            losses.append(loss.detach().float())
+            if number < len(micro_batches) - 1:
+                self._ds.step()  # not yet an update: it counts micro-batches
+        loss_mean, grad_norm, any_flag = self._agree(torch.stack(losses).mean(), flag)
+        if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
+            raise NumericalError(
+                f"step {self.step}: loss {loss_mean}, gradient norm {grad_norm}: not finite; the update was not made. "
+                "Start again from the last checkpoint with a lower optimizer.lr, optimizer.clip_grad_norm set, or "
+                "train.precision fp32."
+            )
+        self._ds.step()
+        assert self._ds.was_step_applied(), "DeepSpeed skipped an update whose gradient is finite"
+        ema_update_(self._ema, self._masters, ema_decay_at(self.step, self.config.ema.decay, self.config.ema.warmup))
+        self.step += 1
+        return StepResult(loss_mean, grad_norm, lr, any_flag)
+
+    def _agree(self, loss: Tensor, flag: bool) -> tuple[float, float, bool]:
+        """Mean loss, gradient norm and whether any flag is up, over all ranks."""
+        squares = [gradient.float().square().sum() for gradient in self._local_gradients()]
+        norm_square = torch.stack(squares).sum() if squares else loss.new_zeros(())
+        if self.config.zero.stage == 0:  # every rank holds all of the gradient
+            norm_square = norm_square / self.ranks.world_size
+        told = torch.stack([loss / self.ranks.world_size, norm_square, loss.new_tensor(float(flag))])
+        mean, total, flags = dist.sum_(told).tolist()
+        return mean, math.sqrt(total) if total >= 0 else math.nan, flags > 0
+
+    def _local_gradients(self) -> list[Tensor]:
+        """The averaged gradients that this rank owns (at stage 0 all of them)."""
+        if self.config.zero.stage == 0:
+            return [p.grad for p in self._ds.module.parameters() if p.grad is not None]
+        return [g for group in self._ds.optimizer.averaged_gradients.values() if group for g in group if g is not None]
+
+    # -- where the state lives ------------------------------------------------------------------------------------
+
+    def _find_masters(self) -> list[Tensor]:
+        """Flat fp32 master tensors of this rank."""
+        stage, optimizer = self.config.zero.stage, self._ds.optimizer
+        if stage == 0:
+            return [p.data.view(-1) for p in self._names]
+        if stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    def _find_fragments(self) -> Iterator[Fragment]:
+        stage, optimizer = self.config.zero.stage, self._ds.optimizer
+        if stage == 0:
+            for master, (p, name) in enumerate(self._names.items()):
+                yield Fragment(name, 0, p.numel(), master, 0)
+        elif stage == 3:
+            for group in optimizer.fp16_groups:
+                for p in group:
+                    master, offset, padded = optimizer.grad_position[optimizer.get_param_id(p)]
+                    start = optimizer._get_param_partition_rank(p) * padded
+                    numel = min(padded, p.ds_numel - start)  # the rest of the last ranks' shard is padding
+                    if numel > 0:
+                        yield Fragment(self._names[p], start, numel, master, offset)
+        else:
+            for master, group in enumerate(optimizer.bit16_groups):
+                for p in group:
+                    if p._hp_mapping is not None:
+                        high, low = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+                        yield Fragment(self._names[p], low.start, low.numel, master, high.start)
+
+    def _stepped(self) -> list[Any]:
+        """The tensors that AdamW steps, in the order of the masters: the keys of its state."""
+        return (
+            [p for group in self._base.param_groups for p in group["params"]]
+            if self.config.zero.stage == 0
+            else self._masters
+        )
+
+    def _create_adam_state(self) -> None:
+        """Adam's state does not exist before its first step; without it there is nothing to load into."""
+        fused = self.ranks.device.type == "cuda"
+        for key in self._stepped():
+            state = self._base.state[key]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=key.device if fused else "cpu")
+                state["exp_avg"] = torch.zeros_like(key, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(key, dtype=torch.float32)
+
+    def _flat(self, kind: str, master: int) -> Tensor:
+        if kind == "master":
+            return self._masters[master].data.view(-1)
+        if kind == "ema":
+            return self._ema[master].view(-1)
+        return self._base.state[self._stepped()[master]][kind].view(-1)
+
+    def _view(self, kind: str, fragment: Fragment) -> Tensor:
+        return self._flat(kind, fragment.master)[fragment.offset : fragment.offset + fragment.numel]
+
+    # -- state in and out -----------------------------------------------------------------------------------------
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every parameter by name."""
+        return self._shapes
+
+    def local_state(self) -> dict[str, Tensor]:
+        """What this rank has to save: "kind/name/start" → flat fp32 tensor (views, not copies).
+
+        Together the ranks' states hold every element once; at stage 0 rank 0 holds them all.
+        """
+        if self.config.zero.stage == 0 and not self.ranks.is_main:
+            return {}
+        return {f"{kind}/{f.name}/{f.start}": self._view(kind, f) for kind in KINDS for f in self.fragments}
+
+    @torch.no_grad()
+    def load_state(self, source: Source, step: int) -> None:
+        """Take the state of update number ``step`` from ``source``, in place, exactly. A collective call.
+
+        Raises ``CheckpointError`` on every rank where ``source`` fails on any.
+        """
+        problem = None
+        try:
+            for kind in KINDS:
+                for fragment in self.fragments:
+                    view = self._view(kind, fragment)
+                    view.copy_(source(kind, fragment.name, fragment.start, fragment.numel))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+            problem = f"rank {self.ranks.rank}: {error}"
+        problems = [told for told in dist.gather(problem) if told is not None]
+        if problems:
+            raise CheckpointError("the state cannot be loaded: " + "; ".join(problems))
+        for key in self._stepped():
+            self._base.state[key]["step"].fill_(float(step))
+        self.step = step
+        self._refresh_parameters()
+
+    def _refresh_parameters(self) -> None:
+        """Bring the parameters that the network computes with in line with the masters."""
+        stage, optimizer = self.config.zero.stage, self._ds.optimizer
+        if stage in (1, 2):
+            optimizer.update_lp_params()
+        elif stage == 3:
+            optimizer._partition_all_parameters()
+            for group in range(len(self._masters)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

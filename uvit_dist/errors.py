@@ -1,0 +1,66 @@
+"""Errors that a user can mend, and the exit code of each (codes as in BSD's sysexits.h)."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """A mistake a user can mend. The message gives the value, the rule and the remedy; no traceback is shown."""
+
+    exit_code = 64
+
+
+class ConfigError(UserError):
+    """The configuration is wrong: nothing was started."""
+
+    exit_code = 78
+
+
+class DataError(UserError):
+    """Data are damaged or contradict the configuration."""
+
+    exit_code = 65
+
+
+class MissingInputError(UserError):
+    """A file that the job needs is not there."""
+
+    exit_code = 66
+
+
+class OutputError(UserError):
+    """Something cannot be written."""
+
+    exit_code = 73
+
+
+class CheckpointError(UserError):
+    """No checkpoint of the run directory can be used."""
+
+    exit_code = 65
+
+
+class NumericalError(UserError):
+    """A loss or gradient is not finite."""
+
+    exit_code = 70
+
+
+INTERRUPTED_EXIT_CODE = 75
+"""A job was asked to stop, saved its state and can be started again (EX_TEMPFAIL)."""
+
+
+@contextlib.contextmanager
+def explained_exit() -> Iterator[None]:
+    """End the process with the message and exit code of a user's mistake or a Ctrl-C, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept: start the same command again to go on", file=sys.stderr)
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None

@@ -1,0 +1,127 @@
+"""Logs: a file for each rank, metrics as JSON lines always, W&B when wanted, progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from uvit_dist import storage
+from uvit_dist.dist import Ranks
+
+log = logging.getLogger(__name__)
+
+
+class _AroundProgress(logging.Handler):
+    """Writes log lines to stderr without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging(run_dir: str, ranks: Ranks) -> Path:
+    """One log file for each rank; rank 0 also writes to stderr. Returns the file's path."""
+    path = Path(run_dir, "logs", f"rank-{ranks.rank:05d}.log")
+    storage.make_directory(str(path.parent))
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    handlers: list[logging.Handler] = [logging.FileHandler(path)]
+    if ranks.is_main:
+        handlers.append(_AroundProgress())
+    logger = logging.getLogger("uvit_dist")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in handlers:
+        handler.setFormatter(form)
+        logger.addHandler(handler)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handlers[0])  # the file alone
+    return path
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl`` and, if WANDB_API_KEY or WANDB_MODE is set, to W&B.
+
+    W&B never stops training: whatever it raises is logged once, and it is left alone from then on.
+    """
+
+    def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
+        self.path = Path(run_dir, "metrics.jsonl")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+        self._wandb: Any = None
+        if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
+            self._wandb = _start_wandb(run_dir, config)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; ``step`` counts updates."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            try:
+                self._wandb.log(record, step=record["step"])
+            except Exception as error:  # noqa: BLE001 - a logger must not stop training
+                log.warning("W&B: %s; no more is sent to it", error)
+                self._wandb = None
+
+    def close(self) -> None:
+        """Close the file and finish the W&B run."""
+        self._file.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:  # noqa: BLE001
+                log.warning("W&B: %s", error)
+
+
+def _start_wandb(run_dir: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+
+        id_file = Path(run_dir, "wandb_id")
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        return wandb.init(id=id_file.read_text(), resume="allow", dir=run_dir, config=config, project="uvit_dist")
+    except Exception as error:  # noqa: BLE001 - a logger must not stop training
+        log.warning("W&B: %s; training goes on without it", error)
+        return None
+
+
+class Progress:
+    """A bar with loss, images/s and time left on a terminal; plain lines elsewhere."""
+
+    def __init__(self, first: int, total: int, visible: bool) -> None:
+        self._bar = None
+        if visible and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
+        self._visible, self._total, self._first, self._start = visible, total, first, time.monotonic()
+        self._last_line = self._start
+
+    def update(self, step: int, record: dict[str, Any] | None) -> None:
+        """Advance to ``step``; record: the newest metrics, if there are new ones."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            if record is not None:
+                self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
+        elif self._visible and record is not None and (time.monotonic() - self._last_line > 10 or step == self._total):
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._start) / max(step - self._first, 1) * (self._total - step)
+            log.info(
+                "step %d of %d, loss %.4f, gradient norm %.3f, %.0f images/s, %d s left",
+                step,
+                self._total,
+                record["loss"],
+                record["grad_norm"],
+                record["images_per_s"],
+                left,
+            )
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,1 @@
+"""Networks: the U-ViT, the autoencoder, feature extractors."""

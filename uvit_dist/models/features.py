@@ -1,0 +1,31 @@
+"""Feature spaces in which generated images are scored. Each is called what it is; FID is Inception's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+Extractor = Callable[[Tensor], Tensor]
+
+
+def digits_pixels_8x8(images: Tensor) -> Tensor:
+    """Grey levels in [-1, 1], averaged over 4x4 boxes: scikit-learn's own resolution of the digits.
+
+    images: (B, 3, 32, 32) uint8. Returns (B, 64) float64.
+    """
+    grey = images.to(torch.float64).mean(dim=1, keepdim=True) / 127.5 - 1.0
+    return avg_pool2d(grey, 4).flatten(1)
+
+
+EXTRACTORS: dict[str, Extractor] = {"digits_pixels_8x8": digits_pixels_8x8}
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """What an image writer stores of the network's range: clamp to [0, 1], times 255, plus 0.5, truncated.
+
+    images: any shape, floating, in [-1, 1]. The same shape, uint8.
+    """
+    return ((images + 1.0) / 2.0).clamp(0.0, 1.0).mul(255.0).add(0.5).to(torch.uint8)

@@ -1,0 +1,207 @@
+"""U-ViT: time, condition and noisy patches are all tokens; long skip connections (arXiv 2209.12152, section 3).
+
+State-dict keys are the official ones, so released weights load as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from uvit_dist.errors import DataError, MissingInputError
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
+    """Sinusoidal embedding cat[cos, sin], "Attention Is All You Need", section 3.5.
+
+    timesteps: (B,), may be fractional; dim: even. Returns (B, dim), float32.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class PatchEmbed(nn.Module):
+    """Patches as tokens: (B, C, H, W) → (B, H·W/p², D)."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W), H and W divisible by the patch size."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention in the compute dtype; ``qkv`` is one Linear, split as (K=3, H, D)."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L, D). Returns (B, L, D)."""
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)"))
+
+
+class Mlp(nn.Module):
+    """Linear → GELU → Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L, D). Returns (B, L, D)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block; an out-block first maps cat[x, skip] (2D) to D (section 3.1 of the paper)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x, skip: (B, L, D). Returns (B, L, D)."""
+        if self.skip_linear is not None:
+            assert skip is not None
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(nn.Module):
+    """The noise prediction network. Arguments are named as in the official configurations.
+
+    num_classes > 0: class-conditional (the null label counts); clip_dim: text-conditional; neither: unconditional.
+    Tokens are [label, time, patches], [time, text, patches] or [time, patches].
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        mlp_time_embed: bool = False,
+        num_classes: int = -1,
+        use_checkpoint: bool = False,
+        conv: bool = True,
+        skip: bool = True,
+        clip_dim: int | None = None,
+        num_clip_token: int = 77,
+    ) -> None:
+        super().__init__()
+        self.embed_dim, self.patch_size, self.use_checkpoint = embed_dim, patch_size, use_checkpoint
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.time_embed: nn.Module = nn.Identity()
+        if mlp_time_embed:
+            self.time_embed = nn.Sequential(
+                nn.Linear(embed_dim, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim)
+            )
+        self.label_emb = nn.Embedding(num_classes, embed_dim) if num_classes > 0 else None
+        self.context_embed = nn.Linear(clip_dim, embed_dim) if clip_dim is not None else None
+        self.extras = 1 + (num_classes > 0) + (num_clip_token if clip_dim is not None else 0)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + (img_size // patch_size) ** 2, embed_dim))
+
+        def block(with_skip: bool = False) -> Block:
+            return Block(embed_dim, num_heads, mlp_ratio, qkv_bias, with_skip)
+
+        self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * in_chans)
+        self.final_layer = nn.Conv2d(in_chans, in_chans, 3, padding=1) if conv else nn.Identity()
+        self.reset_parameters()
+
+    @staticmethod
+    def from_file(path: str | Path) -> UViT:
+        """A network with the weights of an exported safetensors file (``uvit_dist.export``), ready to sample.
+
+        Raises ``MissingInputError``, or ``DataError`` where the file holds something else.
+        """
+        if not Path(path).is_file():
+            raise MissingInputError(f"{path}: no such file; make it with python -m uvit_dist.export")
+        try:
+            with safe_open(path, framework="pt") as file:
+                net = UViT(**json.loads(file.metadata()["model"]))
+                net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise DataError(f"{path}: no U-ViT exported by uvit_dist ({error})") from None
+        return net.eval()
+
+    def reset_parameters(self) -> None:
+        """Normal 0.02 for Linear weights and ``pos_embed``, zero biases; label_emb stays N(0, 1) (official code).
+
+        The official ``trunc_normal_`` cuts at an absolute ±2, a hundred standard deviations: no cut at all.
+        """
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _run(self, block: nn.Module, *args: Tensor) -> Tensor:
+        if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            # Under ZeRO-3 a weight is empty between its uses, which the metadata check would take for a change.
+            return checkpoint(block, *args, use_reentrant=False, determinism_check="none")
+        return block(*args)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Predict the noise in x.
+
+        x: (B, C, H, W), float; timesteps: (B,), n in 1…1000 or t·999, may be fractional; y: (B,) int64 labels;
+        context: (B, num_clip_token, clip_dim) text features. Returns (B, C, H, W).
+        """
+        dtype = self.pos_embed.dtype
+        x = self.patch_embed(x.to(dtype))
+        time = timestep_embedding(timesteps, self.embed_dim)
+        time_token = self.time_embed(time.to(dtype))[:, None]
+        tokens = [time_token.to(x.dtype), x]
+        if self.label_emb is not None:
+            assert y is not None, "a class-conditional U-ViT needs y"
+            tokens.insert(0, self.label_emb(y)[:, None])
+        if self.context_embed is not None:
+            assert context is not None, "a text-conditional U-ViT needs context"
+            tokens.insert(1, self.context_embed(context.to(dtype)))
+        x = torch.cat(tokens, dim=1) + self.pos_embed
+
+        skips = []
+        for block in self.in_blocks:
+            x = self._run(block, x)
+            skips.append(x)
+        x = self._run(self.mid_block, x)
+        for block in self.out_blocks:
+            x = self._run(block, x, skips.pop())
+
+        x = self.decoder_pred(self.norm(x))[:, self.extras :]
+        side = math.isqrt(x.shape[1])
+        x = rearrange(x, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=self.patch_size, p2=self.patch_size)
+        return self.final_layer(x)

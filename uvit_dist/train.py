@@ -1,0 +1,275 @@
+"""Training: build, resume, loop. Everything random is a function of (seed, purpose, epoch, sample id)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from uvit_dist import __version__, checkpoint, dist, preflight, storage
+from uvit_dist.config import Config
+from uvit_dist.config_yaml import dump_config
+from uvit_dist.data.latents import sample_latents
+from uvit_dist.data.loader import Batch, LatentLoader
+from uvit_dist.data.plan import Plan
+from uvit_dist.data.shards import ShardIndex
+from uvit_dist.diffusion.keyed_random import keyed_integers, keyed_normal, keyed_uniform
+from uvit_dist.diffusion.objective import add_noise, drop_labels, noise_loss
+from uvit_dist.diffusion.schedule import DiscreteSchedule
+from uvit_dist.dist import Ranks
+from uvit_dist.engine import Engine
+from uvit_dist.errors import DataError
+from uvit_dist.metrics import MetricsLog, Progress
+from uvit_dist.models.uvit import UViT
+from uvit_dist.preemption import StopFlag
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
+    """Train to ``train.steps`` updates, from the newest whole checkpoint if there is one. Called on every rank.
+
+    Returns whether training is complete: False where the stop flag came first and the state was saved.
+    Raises ``UserError`` of the right kind.
+    """
+    index: ShardIndex = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
+    plan = preflight.make_plan(config, index)
+    torch.manual_seed(config.seed)
+    engine = Engine(UViT(**config.model.model_dump()), config, ranks)
+    resume(engine, config, index, ranks)
+    loader = LatentLoader(
+        index,
+        plan,
+        ranks.rank,
+        ranks.world_size,
+        engine.step,
+        config.data.read_threads,
+        config.data.prefetch_blocks,
+    )
+    schedule, report = DiscreteSchedule(), Report(config, ranks, engine.step)
+    saved_at = engine.step
+
+    def loss_of(net: nn.Module, batch: Batch) -> Tensor:
+        return diffusion_loss(net, batch, config, schedule, report.trace)
+
+    def save() -> int:
+        manifest = make_manifest(engine, plan, config, index)
+        checkpoint.save(config.run_dir, engine.local_state(), manifest, ranks, config.checkpoint.keep)
+        return engine.step
+
+    stopped = False
+    while engine.step < config.train.steps and not stopped:
+        with report.waiting():
+            batch = next(loader)
+        result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, flag=stop.raised)
+        report.after_step(engine.step, batch.epoch, result)
+        stopped = result.flag
+        if engine.step % config.checkpoint.every == 0:
+            saved_at = save()
+    if saved_at != engine.step:
+        save()
+    loader.close()
+    report.close()
+    complete = engine.step >= config.train.steps
+    if complete and ranks.is_main:
+        checkpoint.export_weights(config.run_dir, Path(config.run_dir, "ema.safetensors"), "ema")
+    log.info("%s after step %d", "complete" if complete else "stopped, and saved,", engine.step)
+    return complete
+
+
+def diffusion_loss(
+    net: nn.Module, batch: Batch, config: Config, schedule: DiscreteSchedule, trace: Trace | None = None
+) -> Tensor:
+    """L_simple on latents drawn anew from their moments, DDPM eq. 14.
+
+    batch: on the network's device. Returns a scalar.
+    """
+    who = (batch.epoch, batch.ids)
+    shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
+    x0 = sample_latents(
+        batch.moments, keyed_normal(config.seed, "latent", *who, shape), config.autoencoder.scale_factor
+    )
+    noise = keyed_normal(config.seed, "noise", *who, shape)
+    timesteps = keyed_integers(config.seed, "timestep", *who, 1, schedule.num_timesteps + 1)
+    labels = None
+    if config.model.num_classes > 0:
+        labels = batch.labels
+        if config.diffusion.null_label is not None:
+            uniforms = keyed_uniform(config.seed, "label_dropout", *who)[:, 0]
+            labels = drop_labels(labels, uniforms, config.diffusion.label_dropout, config.diffusion.null_label)
+    if trace is not None:
+        trace.add(batch, noise, timesteps, labels)
+    xt = add_noise(x0, noise, *schedule.alpha_sigma(timesteps))
+    return noise_loss(net(xt, timesteps, y=labels), noise).mean()
+
+
+def micro_batches(batch: Batch, config: Config, device: torch.device) -> Iterator[Batch]:
+    """A rank's batch in pieces of ``train.micro_batch_size``, on the device."""
+    size = config.train.micro_batch_size
+    for first in range(0, len(batch.ids), size):
+        pieces = {
+            field.name: getattr(batch, field.name)[first : first + size].to(device, non_blocking=True)
+            for field in fields(Batch)
+            if field.name in ("ids", "labels", "moments")
+        }
+        yield Batch(step=batch.step, epoch=batch.epoch, **pieces)
+
+
+def make_manifest(engine: Engine, plan: Plan, config: Config, index: ShardIndex) -> dict[str, Any]:
+    """What a checkpoint says of itself: three integers of state, and what a resumed run must agree with."""
+    epoch, step_in_epoch = plan.position(engine.step)
+    return {
+        "step": engine.step,
+        "epoch": epoch,
+        "step_in_epoch": step_in_epoch,
+        "samples_seen": engine.step * config.train.global_batch_size,
+        "must_agree": _must_agree(config, index),
+        "journal": {"skipped_steps": [], "quarantined_shards": [], "substitutes": {}},
+        "config": config.model_dump(mode="json"),
+        "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
+        "versions": {"uvit_dist": __version__, "torch": torch.__version__},
+    }
+
+
+def _must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
+    return {
+        "sha256 of data.index": index.sha256,
+        "seed": config.seed,
+        "train.global_batch_size": config.train.global_batch_size,
+        "data.lanes": config.data.lanes,
+        "data.block_size": config.data.block_size,
+        # how activations are recomputed is no part of what the weights mean
+        "model": config.model.model_dump(mode="json", exclude={"use_checkpoint"}),
+        "diffusion": config.diffusion.model_dump(mode="json"),
+        "autoencoder.scale_factor": config.autoencoder.scale_factor,
+    }
+
+
+def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> None:
+    """Load the newest whole checkpoint into the engine, if the run has one. A collective call.
+
+    The configuration becomes the run's ``config.yaml`` only once it is accepted; what it changes is logged.
+    Raises ``CheckpointError`` where there are checkpoints and none is whole, ``DataError`` where the configuration
+    differs from the checkpoint's in what decides the order of samples or the meaning of the weights.
+    """
+
+    def choose() -> Path | None:
+        path = checkpoint.newest_whole(config.run_dir, config.checkpoint.verify)
+        if path is not None:
+            manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+            saved = manifest["must_agree"]
+            ours = _must_agree(config, index)
+            wrong = [
+                f"{key}: the checkpoint says {saved.get(key)}, this run {ours[key]}"
+                for key in ours
+                if saved.get(key) != ours[key]
+            ]
+            if wrong:
+                raise DataError(
+                    f"{path} cannot be resumed with this configuration:\n  "
+                    + "\n  ".join(wrong)
+                    + "\nSet these back, or use another run_dir to start anew."
+                )
+            for change in _changes(manifest["config"], config.model_dump(mode="json")):
+                log.info("changed since the checkpoint: %s", change)
+            checkpoint.set_aside_newer(path)
+        storage.write_bytes(storage.join(config.run_dir, "config.yaml"), dump_config(config).encode())
+        return path
+
+    path = dist.on_main(ranks, choose)
+    if path is None:
+        log.info("starting anew: %s holds no checkpoint", config.run_dir)
+        return
+    reader = checkpoint.CheckpointReader(path)
+    engine.load_state(reader.read, reader.manifest["step"])
+    log.info("resumed from %s", path)
+
+
+def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """The values that differ between two dumped configurations, each with its full key."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in now:
+            yield from _changes(before.get(name), now[name], f"{key}.{name}" if key else name)
+    elif before != now:
+        yield f"{key} from {before} to {now}"
+
+
+class Trace:
+    """What each rank feeds the network, sample by sample: rows of (id, timestep, label, hash of the noise)."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int, int, str]] = []
+
+    def add(self, batch: Batch, noise: Tensor, timesteps: Tensor, labels: Tensor | None) -> None:
+        """Note a micro-batch. noise: (B, C, H, W); timesteps, labels: (B,) int64."""
+        named = labels.tolist() if labels is not None else [-1] * len(batch.ids)
+        hashes = [xxhash.xxh3_64_hexdigest(sample.cpu().numpy().tobytes()) for sample in noise]
+        self.rows += zip(batch.ids.tolist(), timesteps.tolist(), named, hashes, strict=True)
+
+
+class Report:
+    """Metrics, progress and trace of the loop; only rank 0 writes."""
+
+    def __init__(self, config: Config, ranks: Ranks, first_step: int) -> None:
+        self.config, self.ranks = config, ranks
+        self.trace = Trace() if config.train.trace else None
+        self._metrics = MetricsLog(config.run_dir, config.model_dump(mode="json")) if ranks.is_main else None
+        self._progress = Progress(first_step, config.train.steps, ranks.is_main)
+        self._losses: list[float] = []
+        self._since = time.monotonic()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside is time waited for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def after_step(self, step: int, epoch: int, result: Any) -> None:
+        """Note an update; every ``train.log_every`` of them one record is written. step: updates made."""
+        self._losses.append(result.loss)
+        record = None
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            now = time.monotonic()
+            batch = self.config.train.global_batch_size
+            record = {
+                "step": step,
+                "epoch": epoch,
+                "samples_seen": step * batch,
+                "loss": sum(self._losses) / len(self._losses),
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "images_per_s": len(self._losses) * batch / (now - self._since),
+                "data_wait_s": self._waited,
+                "time": time.time(),
+            }
+            self._losses, self._since, self._waited = [], now, 0.0
+            if self._metrics is not None:
+                self._metrics.write(record)
+        self._progress.update(step, record)
+        if self.trace is not None:
+            self._write_trace(step, self.trace)
+
+    def _write_trace(self, step: int, trace: Trace) -> None:
+        rows = [row for rank_rows in dist.gather(trace.rows) for row in rank_rows]
+        trace.rows = []
+        if self.ranks.is_main:
+            path = storage.join(self.config.run_dir, "trace.jsonl")
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "samples": rows}) + "\n")
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()
