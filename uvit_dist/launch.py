@@ -73,6 +73,17 @@ def run_local(config: Config, job: str) -> int:
         return Processes(config, job, path).wait()
 
 
+def first_failure(codes: list[int | None]) -> tuple[int, int] | None:
+    """(rank, exit code) of the rank that failed first, of those that had failed when the codes were read, or none.
+
+    codes: of every rank, in order; None: it runs. Between two looks several ranks may have failed. One that was killed
+    is then the cause, and one that gave up, by an exit code or an abort, lost its peer.
+    """
+    failed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code != 0]
+    failed = [(rank, code) for rank, code in failed if code != INTERRUPTED_EXIT_CODE]
+    return min(failed, key=lambda item: (item[1] >= 0 or item[1] == -signal.SIGABRT, item[0]), default=None)
+
+
 class Processes:
     """The ranks of a local job. Ctrl-C and SIGTERM reach them, so that they save and stop; a second one ends them."""
 
@@ -128,9 +139,9 @@ class Processes:
         while any(process.poll() is None for process in self.processes):
             if first is None:
                 codes = [process.poll() for process in self.processes]
-                failed = [(r, code) for r, code in enumerate(codes) if code not in (None, 0, INTERRUPTED_EXIT_CODE)]
-                if failed:
-                    first, deadline = (failed[0][0], int(failed[0][1] or 0)), time.monotonic() + GRACE_S
+                first = first_failure(codes)
+                if first is not None:
+                    deadline = time.monotonic() + GRACE_S
             if time.monotonic() > deadline:
                 for process in self.processes:
                     process.kill()
@@ -140,8 +151,8 @@ class Processes:
             return 0
         if all(code in (0, INTERRUPTED_EXIT_CODE) for code in final):
             return INTERRUPTED_EXIT_CODE
-        if first is None:
-            first = next((r, code) for r, code in enumerate(final) if code not in (0, INTERRUPTED_EXIT_CODE))
+        first = first or first_failure(final)
+        assert first is not None
         return self._explain(*first)
 
     def _explain(self, first: int, code: int) -> int:
