@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_tools.images import open_source, source_fingerprint
+from data_tools.images import source_fingerprint
+from data_tools.sources import open_source
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
@@ -32,7 +33,7 @@ def make_reference(config: Config) -> dict[str, Any]:
     The halves are those of a seeded permutation: what one scores against the other is what to expect of a perfect
     model of that size.
     """
-    source = open_source(config.data.source, config.data.image_size, config.data.crop)
+    source = open_source(config.data)
     extract = EXTRACTORS[config.evaluate.features]
     order = np.argsort(np.random.Philox(key=config.seed).random_raw(len(source.keys)), kind="stable")
     halves, features = [], []

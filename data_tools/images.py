@@ -1,21 +1,28 @@
-"""Where images come from, and how they are cropped before they are encoded."""
+"""How images are cropped before they are encoded, what a source of them is, and reading them ahead."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.digits import digits_images
-from uvit_dist.data.latents import MIRROR_SUFFIX
-from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.errors import DataError
 
 Pixels = NDArray[np.uint8]
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+Item = tuple[int, bool]
+"""(number of the image in its source, mirrored)"""
+
+CELEBA_ROWS, CELEBA_COLUMNS = (57, 185), (25, 153)
+"""128 x 128 pixels about the face in CelebA's aligned images of 178 x 218."""
+
+AHEAD = 8
+"""Images read ahead by each thread."""
 
 
 def adm_crop(image: Image.Image, size: int) -> Pixels:
@@ -33,95 +40,97 @@ def adm_crop(image: Image.Image, size: int) -> Pixels:
     return pixels[top : top + size, left : left + size]
 
 
-class ImageSource(Protocol):
-    """A fixed, ordered collection of labelled images.
+def celeba_crop(image: Image.Image, size: int) -> Pixels:
+    """CELEBA_ROWS and CELEBA_COLUMNS, then Pillow's BILINEAR, which is torchvision's ``Resize`` of a PIL image.
 
-    name: for provenance; classes: number of labels; keys, labels: of every image, in order.
+    Returns (size, size, 3) uint8. Raises ``ValueError`` for an image smaller than the crop.
+    """
+    (top, bottom), (left, right) = CELEBA_ROWS, CELEBA_COLUMNS
+    if image.width < right or image.height < bottom:
+        raise ValueError(f"{image.width}x{image.height} pixels; data.crop celeba needs {right}x{bottom} or more")
+    face = image.convert("RGB").crop((left, top, right, bottom))
+    return np.asarray(face.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def coco_crop(image: Image.Image, size: int) -> Pixels:
+    """The largest square about the centre, resized with LANCZOS. image: any size. Returns (size, size, 3) uint8."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _no_crop(image: Image.Image, size: int) -> Pixels:
+    if image.size != (size, size):
+        raise ValueError(
+            f"{image.width}x{image.height} pixels, data.image_size is {size} and data.crop is none; set data.crop: adm"
+        )
+    return np.asarray(image.convert("RGB"))
+
+
+CROPS: dict[str, Callable[[Image.Image, int], Pixels]] = {
+    "none": _no_crop,
+    "adm": adm_crop,
+    "celeba": celeba_crop,
+    "coco": coco_crop,
+}
+
+
+def read_image(path: str, size: int, crop: str) -> Pixels:
+    """An image file, cropped: (size, size, 3) uint8. Raises ``DataError`` where it cannot be read or cropped."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            try:
+                return CROPS[crop](image, size)
+            except ValueError as error:
+                raise DataError(f"{path}: {error}") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); mend or remove it") from None
+
+
+class ImageSource(Protocol):
+    """A fixed, ordered collection of images.
+
+    name: for provenance; classes: number of labels, 0: none; keys, labels (-1 where there is none), captions (none
+    where images have none): of every image, in order.
     """
 
     name: str
     classes: int
     keys: list[str]
     labels: list[int]
+    captions: list[list[str]] | None
 
     def load(self, number: int) -> Pixels:
-        """Image ``number``, (H, W, 3) uint8. Raises ``DataError`` where it cannot be read."""
+        """Image ``number``, (H, W, 3) uint8; safe to call from several threads. Raises ``DataError``."""
         ...
 
 
-class DigitsSource:
-    """scikit-learn's 1,797 handwritten digits, 32x32."""
-
-    def __init__(self) -> None:
-        self._images, labels = digits_images()
-        self.name, self.classes = "scikit-learn digits", 10
-        self.keys = [f"digit-{number:04d}" for number in range(len(labels))]
-        self.labels = [int(label) for label in labels]
-
-    def load(self, number: int) -> Pixels:
-        """Image ``number``, (32, 32, 3) uint8."""
-        return self._images[number]
+def load_images(source: ImageSource, items: Iterable[Item], threads: int) -> Iterator[Pixels]:
+    """The images in order, (H, W, 3) uint8 each, mirrored where asked, read ahead. Raises ``DataError``."""
+    waiting: deque[Future[Pixels]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(_load, source, item))
+            if len(waiting) > AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-class FolderSource:
-    """A folder with one folder of images for each class; a label is the index of its folder in sorted order.
-
-    Raises ``MissingInputError`` where there is no such folder or no image in it.
-    """
-
-    def __init__(self, root: str, size: int, crop: str) -> None:
-        self._size, self._crop, self.name = size, crop, Path(root).name
-        if not Path(root).is_dir():
-            raise MissingInputError(f"data.source {root}: no such folder; give 'digits' or a folder of class folders")
-        folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
-        self._paths = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not self._paths:
-            raise MissingInputError(
-                f"data.source {root}: no images ({', '.join(sorted(SUFFIXES))}) in folders of classes below it"
-            )
-        self.classes = len(folders)
-        self.labels = [label for _, label in self._paths]
-        self.keys = [f"{path.parent.name}/{path.stem}".replace(".", "_") for path, _ in self._paths]
-        seen: dict[str, Path] = {}
-        for (path, _), key in zip(self._paths, self.keys, strict=True):
-            other = seen.setdefault(key.removesuffix(MIRROR_SUFFIX), path)
-            if other != path:
-                raise DataError(f"{other} and {path}: their keys would be the same ({key}); rename one of them")
-
-    def load(self, number: int) -> Pixels:
-        """Image ``number``, cropped: (size, size, 3) uint8. Raises ``DataError`` where it cannot be read."""
-        path = self._paths[number][0]
-        try:
-            with Image.open(path) as image:
-                pixels = adm_crop(image, self._size) if self._crop == "adm" else np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: cannot be read as an image ({error}); mend or remove it") from None
-        if pixels.shape != (self._size, self._size, 3):
-            raise DataError(
-                f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels, data.image_size is {self._size}; "
-                "set data.crop: adm"
-            )
-        return pixels
-
-
-def open_source(source: str, size: int, crop: str) -> ImageSource:
-    """The images that data.source names. size: pixels of a side after the crop.
-
-    Raises ``MissingInputError``, ``DataError``.
-    """
-    if source != "digits":
-        return FolderSource(source, size, crop)
-    if size != 32 or crop != "none":
-        raise DataError(f"data.source digits: images of 32 pixels; set data.image_size 32 (now {size}), data.crop none")
-    return DigitsSource()
+def _load(source: ImageSource, item: Item) -> Pixels:
+    number, mirrored = item
+    pixels = source.load(number)
+    return pixels[:, ::-1] if mirrored else pixels
 
 
 def source_fingerprint(source: ImageSource) -> str:
-    """Hash of the keys and labels of a source, 16 hexadecimal digits: what a restarted job must find again."""
-    text = "\n".join(f"{key} {label}" for key, label in zip(source.keys, source.labels, strict=True))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Hash of keys, labels and captions, 16 hexadecimal digits: what a restarted job must find again."""
+    digest = hashlib.sha256()
+    for number, (key, label) in enumerate(zip(source.keys, source.labels, strict=True)):
+        captions = "" if source.captions is None else f" {source.captions[number]!r}"
+        digest.update(f"{key} {label}{captions}\n".encode())
+    return digest.hexdigest()[:16]

@@ -182,6 +182,12 @@ def newest_whole(run_dir: str, verify: str = "size") -> Path | None:
     return None
 
 
+def any_checkpoint(run_dir: str) -> bool:
+    """Whether a run has saved anything, whole or not."""
+    parent = checkpoints_dir(run_dir)
+    return bool(_steps(parent)) or any(parent.glob("damaged-*"))
+
+
 def set_aside_newer(path: Path) -> None:
     """Set aside the checkpoints after the one that a run resumes from: they are damaged, and will be made anew."""
     for other in _steps(path.parent):

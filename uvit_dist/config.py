@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Rule = tuple[bool, str]
-"""(whether it holds, what to say if not)"""
+from uvit_dist.config_rules import raise_broken, rules_between
 
 
 class Section(BaseModel):
@@ -57,26 +54,46 @@ class ModelConfig(Section):
             (self.num_classes != 0, "num_classes must be -1 (not class-conditional) or positive"),
             (self.num_classes < 0 or self.clip_dim is None, "num_classes and clip_dim exclude each other"),
         ]
-        _raise_broken(rules)
+        raise_broken(rules)
         return self
 
 
 class DiffusionConfig(Section):
     """The noise schedule and the objective."""
 
-    schedule: Literal["discrete_sd"] = Field("discrete_sd", description="noise schedule: Stable Diffusion's 1000 steps")
-    label_dropout: float = Field(0.0, ge=0, lt=1, description="share of labels replaced by null_label in training")
+    schedule: Literal["discrete_sd", "vpsde"] = Field(
+        "discrete_sd", description="'discrete_sd': Stable Diffusion's 1000 steps; 'vpsde': continuous time, linear beta"
+    )
+    label_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of labels (or contexts) replaced by the null label (or empty context)"
+    )
     null_label: int | None = Field(None, ge=0, description="the label that means 'no class'; needed for guidance")
 
 
 class DataConfig(Section):
     """The training samples: how they are made, where they are, in which order they are read."""
 
-    source: str = Field(description="'digits' (scikit-learn's), or a folder with one folder of images for each class")
-    image_size: int = Field(gt=0, description="side of the images that were encoded, pixels")
-    crop: Literal["none", "adm"] = Field("adm", description="'adm': centre crop of the ADM code; 'none': as they are")
-    mirror: bool = Field(True, description="store each image's mirror image as a sample of its own")
+    space: Literal["latents", "pixels"] = Field("latents", description="what the network is trained on")
+    format: Literal["folder", "cifar10", "celeba", "coco", "digits"] = Field(
+        "folder",
+        description="'folder': images, in one folder for each class or in one alone; 'cifar10': its binary files; "
+        "'celeba': the folder of img_align_celeba and list_eval_partition.txt; 'coco': images named by data.captions; "
+        "'digits': scikit-learn's, no source needed",
+    )
+    source: str | None = Field(None, description="where the original images lie")
+    split: Literal["train", "validation", "test"] = Field("train", description="part of cifar10 and celeba to read")
+    captions: str | None = Field(None, description="captions of COCO's images: its captions_*.json")
+    image_size: int = Field(gt=0, description="side of the images after the crop, pixels")
+    crop: Literal["none", "adm", "celeba", "coco"] = Field(
+        "adm",
+        description="'adm': centre crop of the ADM code; 'celeba': 128 pixels about the face; 'coco': centre square, "
+        "LANCZOS; 'none': as they are",
+    )
+    mirror: bool = Field(
+        True, description="latents: each image's mirror image is a sample of its own; pixels: mirrored at random"
+    )
     moments_dtype: Literal["float16", "float32"] = Field("float16", description="type of the stored moments")
+    contexts_dtype: Literal["float16", "float32"] = Field("float16", description="type of the stored text contexts")
     samples_per_shard: int = Field(4096, gt=0, description="samples in a shard")
     index: str = Field(description="path of the index of the shards")
     lanes: int = Field(gt=0, description="parallel reading lanes; divides the batch; valid world sizes divide it")
@@ -84,14 +101,50 @@ class DataConfig(Section):
     prefetch_blocks: int = Field(1, ge=0, description="blocks read ahead in each lane; changes nothing but time")
     read_threads: int = Field(4, gt=0, description="threads that read, per rank; changes nothing but time")
 
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        raise_broken(
+            [
+                (self.format == "digits" or self.source is not None, f"source: missing; format {self.format} needs it"),
+                (self.format != "coco" or self.captions is not None, "captions: missing; format coco needs it"),
+                (
+                    self.split == "train" or self.format in ("cifar10", "celeba"),
+                    f"split {self.split}: only cifar10 and celeba have parts; for others give another source",
+                ),
+                (
+                    self.split != "validation" or self.format != "cifar10",
+                    "split validation: cifar10 has train and test alone",
+                ),
+            ]
+        )
+        return self
+
+
+class ValidationConfig(Section):
+    """The loss on held-out samples, each at a noise and a timestep of its own that never change."""
+
+    index: str = Field(description="path of the index of the held-out samples")
+    samples: int = Field(1024, gt=0, description="samples used; at most those in the index")
+    every: int = Field(1000, gt=0, description="steps between validations")
+    batch_size: int = Field(64, gt=0, description="samples in one forward pass of a rank")
+
 
 class AutoencoderConfig(Section):
     """The autoencoders: encoding and decoding ones may differ, as in the paper's H systems."""
 
-    encoder: str = Field(description="path of the encoding autoencoder")
-    decoder: str = Field(description="path of the decoding autoencoder")
+    encoder: str = Field(description="path or URL of the encoding autoencoder")
+    decoder: str = Field(description="path or URL of the decoding autoencoder")
+    encoder_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
+    decoder_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
     encoder_fingerprint: str | None = Field(None, description="hash of the encoder, where its file is not at hand")
     scale_factor: float = Field(gt=0, description="latents are multiplied by it: 1/std of the data set's latents")
+
+
+class TextConfig(Section):
+    """The text encoder of a text-conditional system."""
+
+    encoder: str = Field(description="path or URL of CLIP's text tower, in open_clip's or Hugging Face's keys")
+    encoder_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
 
 
 class OptimizerConfig(Section):
@@ -106,7 +159,7 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
-        _raise_broken([(all(0 <= b < 1 for b in self.betas), f"betas {list(self.betas)} must lie in [0, 1)")])
+        raise_broken([(all(0 <= b < 1 for b in self.betas), f"betas {list(self.betas)} must lie in [0, 1)")])
         return self
 
 
@@ -128,6 +181,10 @@ class TrainConfig(Section):
         description="fp32; fp32 weights under bf16 autocast; or bf16 weights (and gradient sums) with fp32 masters",
     )
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    timestep_bins: int = Field(10, ge=0, description="parts of the time axis whose loss is logged apart; 0: none")
+    init_from: str | None = Field(
+        None, description="weights to start from where the run has no checkpoint: a run, a step of one, or an export"
+    )
     deterministic: bool = Field(False, description="deterministic kernels on GPUs")
     trace: bool = Field(False, description="write every step's sample ids, timesteps, labels and noise to trace.jsonl")
 
@@ -151,8 +208,12 @@ class CheckpointConfig(Section):
 class SampleConfig(Section):
     """How images are generated."""
 
-    solver: Literal["dpm_solver_pp"] = Field("dpm_solver_pp", description="DPM-Solver++, third order, single step")
-    steps: int = Field(50, gt=2, description="calls of the network for each image")
+    solver: Literal["dpm_solver_pp", "dpm_solver", "euler_maruyama_sde", "euler_maruyama_ode"] = Field(
+        "dpm_solver_pp",
+        description="DPM-Solver++ (data prediction, steps uniform in t), DPM-Solver (noise prediction, steps uniform "
+        "in logSNR), or Euler-Maruyama on the reverse SDE or the probability-flow ODE",
+    )
+    steps: int = Field(50, gt=1, description="calls of the network for each image")
     cfg_scale: float = Field(0.0, ge=0, description="s in cond + s * (cond - uncond); 0: no guidance")
 
 
@@ -163,15 +224,26 @@ class EvaluateConfig(Section):
     sub_batch_size: int = Field(50, gt=0, description="images in one forward pass: a part of the protocol")
     chunk_size: int = Field(250, gt=0, description="images in a unit of work; a multiple of sub_batch_size")
     seed: int = Field(1234, ge=0, lt=2**63, description="seed of noise and labels, by image id")
-    features: Literal["digits_pixels_8x8"] = Field("digits_pixels_8x8", description="the feature space of the scores")
-    reference: str = Field(description="path of the reference statistics")
+    features: Literal["inception", "pixels_8x8", "digits_pixels_8x8"] = Field(
+        "inception", description="the feature space of the scores; FID is that of Inception alone"
+    )
+    inception: str | None = Field(None, description="path or URL of pt_inception-2015-12-05-6726825d.pth")
+    inception_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
+    reference: str = Field(description="path of the reference statistics: ours, or the official .npz of mu and sigma")
+    labels: Literal["uniform", "frequency"] = Field(
+        "uniform", description="classes asked for: evenly, or as often as in the training set (ImageNet 64)"
+    )
+    captions: str | None = Field(None, description="index of the samples whose captions are asked for (text systems)")
+    checkpoint: str | None = Field(
+        None, description="weights to evaluate: a run, a step of one, or an export; none: the newest of run_dir"
+    )
     neighbours: int = Field(5, gt=0, description="k of the nearest-neighbour classifier and of recall")
     weights: Literal["ema", "model", "untrained"] = Field("ema", description="'untrained' is the control")
     grid_rows: int = Field(10, gt=0, description="rows of the picture of samples, ten images in each")
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:
-        _raise_broken(
+        raise_broken(
             [
                 (
                     self.chunk_size % self.sub_batch_size == 0,
@@ -199,7 +271,9 @@ class Config(Section):
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
-    autoencoder: AutoencoderConfig
+    validation: ValidationConfig | None = Field(None, description="none: no validation loss")
+    autoencoder: AutoencoderConfig | None = Field(None, description="none: the network is trained on pixels")
+    text: TextConfig | None = Field(None, description="needed where model.clip_dim is set")
     optimizer: OptimizerConfig
     ema: EmaConfig = EmaConfig()
     train: TrainConfig
@@ -216,85 +290,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        _raise_broken(rules_between({name: getattr(self, name) for name in type(self).model_fields}))
+        raise_broken(rules_between({name: getattr(self, name) for name in type(self).model_fields}))
         return self
-
-
-def rules_between(sections: Mapping[str, Any]) -> list[Rule]:
-    """The rules that concern several sections, as (holds, message): those whose sections are all given."""
-    rules: list[Rule] = []
-    for group in (_label_rules, _precision_rules, _path_rules, _launch_rules):
-        with contextlib.suppress(KeyError):
-            rules += group(sections)
-    return rules
-
-
-def _label_rules(sections: Mapping[str, Any]) -> list[Rule]:
-    model, diffusion, sample = sections["model"], sections["diffusion"], sections["sample"]
-    null, last = diffusion.null_label, model.num_classes - 1
-    return [
-        (model.clip_dim is None, "model.clip_dim: shards with text contexts are not supported"),
-        (
-            null is None or null == last,
-            f"diffusion.null_label {null} must be the last label, {last} = model.num_classes - 1",
-        ),
-        (
-            diffusion.label_dropout == 0 or null is not None,
-            f"diffusion.label_dropout {diffusion.label_dropout} needs diffusion.null_label",
-        ),
-        (
-            sample.cfg_scale == 0 or null is not None,
-            f"sample.cfg_scale {sample.cfg_scale} needs diffusion.null_label",
-        ),
-    ]
-
-
-def _precision_rules(sections: Mapping[str, Any]) -> list[Rule]:
-    return [
-        (
-            sections["train"].precision != "bf16" or sections["zero"].stage > 0,
-            "train.precision bf16 needs zero.stage 1, 2 or 3, which keep its fp32 master weights",
-        ),
-    ]
-
-
-def _path_rules(sections: Mapping[str, Any]) -> list[Rule]:
-    return [("://" not in sections["run_dir"], f"run_dir {sections['run_dir']} must be a local path, not a URL")]
-
-
-def _launch_rules(sections: Mapping[str, Any]) -> list[Rule]:
-    launch = sections["launch"]
-    return [
-        (
-            launch.target != "local" or launch.nodes == 1,
-            f"launch.nodes {launch.nodes}: launch.target local is this machine alone; set launch.nodes 1",
-        ),
-        *batch_rules(sections["train"], sections["data"], launch.nodes * launch.processes_per_node),
-    ]
-
-
-def batch_rules(train: TrainConfig, data: DataConfig, world_size: int) -> list[Rule]:
-    """The batch arithmetic as (holds, message): the batch over lanes, ranks and micro-batches."""
-    batch, micro, lanes = train.global_batch_size, train.micro_batch_size, data.lanes
-    divisors = [n for n in range(1, lanes + 1) if lanes % n == 0 and batch % (n * micro) == 0]
-    return [
-        (batch % lanes == 0, f"train.global_batch_size {batch} must be divisible by data.lanes {lanes}"),
-        (
-            lanes % world_size == 0,
-            f"launch: {world_size} ranks must divide data.lanes {lanes}; valid numbers of ranks: {divisors}",
-        ),
-        (
-            batch % (micro * world_size) == 0,
-            f"train.global_batch_size {batch} must be divisible by train.micro_batch_size x ranks "
-            f"= {micro} x {world_size} = {micro * world_size}",
-        ),
-    ]
-
-
-def _raise_broken(rules: Sequence[Rule]) -> None:
-    broken = [message for holds, message in rules if not holds]
-    if broken:
-        raise ValueError("\n".join(broken))
 
 
 def config_hash(section: BaseModel) -> str:

@@ -11,24 +11,32 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from uvit_dist.config import Config, rules_between
+from uvit_dist.config import Config
+from uvit_dist.config_rules import rules_between
 from uvit_dist.errors import ConfigError
 
 
-def _key_names(section: Any, loc: Sequence[int | str]) -> list[str]:
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section class of a field, which may be optional; none where the field is a plain value."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _key_names(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     """Names that are valid beside the last key of ``loc``."""
+    section: type[BaseModel] | None = root
     for key in loc[:-1]:
-        field = (
-            section.model_fields.get(str(key)) if isinstance(section, type) and issubclass(section, BaseModel) else None
-        )
-        section = field.annotation if field else None
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        field = section.model_fields.get(str(key)) if section else None
+        section = _section(field.annotation) if field else None
+    return list(section.model_fields) if section else []
 
 
 def _describe(error: Any) -> list[str]:
@@ -62,7 +70,10 @@ def _valid_sections(tree: dict[str, Any]) -> dict[str, Any]:
     """The sections, and single values, that are right in themselves."""
     found = {}
     for name, field in Config.model_fields.items():
-        value = tree.get(name, None if field.is_required() else {})
+        if name not in tree and not field.is_required():
+            found[name] = field.get_default()
+            continue
+        value = tree.get(name)
         with contextlib.suppress(ValidationError):
             adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)  # type: ignore[arg-type]
             found[name] = adapter.validate_json(json.dumps(value), strict=True)
@@ -80,6 +91,24 @@ def _parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from None
 
 
+def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A mapping as read from YAML with ``section.key=value`` overrides applied in place. Raises ``ConfigError``."""
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {override!r}: write it as section.key=value")
+        *parents, last = key.split(".")
+        branch = tree
+        for parent in parents:
+            if branch.get(parent) is None:  # a section that was left out, or is null
+                branch[parent] = {}
+            branch = branch[parent]
+            if not isinstance(branch, dict):
+                raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        branch[last] = _parse_yaml(value, f"override {override!r}")
+    return tree
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides (values are YAML), check everything.
 
@@ -92,18 +121,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of sections")
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"override {override!r}: write it as section.key=value")
-        *parents, last = key.split(".")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-            if not isinstance(branch, dict):
-                raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        branch[last] = _parse_yaml(value, f"override {override!r}")
-    return parse_config(tree, str(path))
+    return parse_config(changed(tree, overrides), str(path))
 
 
 def dump_config(config: Config) -> str:

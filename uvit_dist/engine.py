@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,26 @@ class Engine:
         ema_update_(self._ema, self._masters, ema_decay_at(self.step, self.config.ema.decay, self.config.ema.warmup))
         self.step += 1
         return StepResult(loss_mean, grad_norm, lr, any_flag)
+
+    @torch.no_grad()
+    def forward_only(self, compute: Callable[[nn.Module], Any]) -> Any:
+        """compute(network) without gradients; under ZeRO-3 every rank must call the network equally often."""
+        self._ds.eval()
+        return compute(self._ds)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The network computes with the EMA inside; afterwards all is as it was, bit for bit. A collective call."""
+        kept = [master.detach().clone() for master in self._masters]
+        try:
+            for master, average in zip(self._masters, self._ema, strict=True):
+                master.data.copy_(average)
+            self._refresh_parameters()
+            yield
+        finally:
+            for master, value in zip(self._masters, kept, strict=True):
+                master.data.copy_(value)
+            self._refresh_parameters()
 
     def _agree(self, loss: Tensor, flag: bool) -> tuple[float, float, bool]:
         """Mean loss, gradient norm and whether any flag is up, over all ranks."""

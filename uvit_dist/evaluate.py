@@ -17,25 +17,28 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from uvit_dist import checkpoint, dist, storage
+from uvit_dist import dist, storage
 from uvit_dist.config import Config, config_hash
-from uvit_dist.diffusion.guidance import noise_predictor
-from uvit_dist.diffusion.keyed_random import keyed_integers, keyed_normal
-from uvit_dist.diffusion.schedule import DiscreteSchedule
-from uvit_dist.diffusion.solvers import dpm_solver_pp
+from uvit_dist.data.shards import ShardIndex, read_index
 from uvit_dist.dist import Ranks
-from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.errors import ConfigError, DataError, MissingInputError
+from uvit_dist.extractor import load_extractor
 from uvit_dist.fid import FeatureMoments, frechet_distance, knn_classify, nearest_neighbour_recall
-from uvit_dist.models.autoencoder import Autoencoder, load_autoencoder
-from uvit_dist.models.features import EXTRACTORS, to_uint8
+from uvit_dist.models.features import Extractor
 from uvit_dist.models.uvit import UViT
+from uvit_dist.preflight import check_provenance, empty_context
+from uvit_dist.sampler import ImageConditions, Sampler, labels_of, load_decoder
+from uvit_dist.weights import Kind, Weights, load_weights
 from uvit_dist.work import Result, WorkDirectory
 
 log = logging.getLogger(__name__)
 FEATURES_KEPT = 10_000
 """Scores that need the features themselves use the images of lower id."""
 GRID_COLUMNS = 10
-FREE_TO_CHANGE = {"use_checkpoint", "label_dropout", "encoder", "decoder", "encoder_fingerprint"}
+FREE_TO_CHANGE = {
+    "use_checkpoint", "label_dropout",
+    "encoder", "encoder_sha256", "encoder_fingerprint", "decoder", "decoder_sha256",
+}  # fmt: skip
 """Of the sections model, diffusion and autoencoder: what an evaluation may have otherwise than the training."""
 
 
@@ -47,12 +50,19 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
     reference: dict[str, Any] = {}  # rank 0 alone scores
     dist.on_main(ranks, lambda: reference.update(read_reference(config)))
-    path: Path | None = dist.on_main(ranks, lambda: choose_checkpoint(config))
-    net, step, weights = load_network(config, path)
-    net = net.to(ranks.device)
-    autoencoder = load_autoencoder(config.autoencoder.decoder).to(ranks.device)
-    directory = evaluation_dir(config, step, weights + autoencoder.fingerprint)
+    index: ShardIndex | None = dist.on_main(ranks, lambda: condition_index(config))
+    dist.on_main(ranks, lambda: choose_weights(config))  # read in full and checked by one rank, for all
+    weights = choose_weights(config, verify="size")
+    net = load_network(config, weights).to(ranks.device)
+    decoder = load_decoder(config.autoencoder)
+    extractor = load_extractor(config.evaluate, ranks.device)
+    identity = (weights.fingerprint if weights else f"seed {config.seed}") + (decoder.fingerprint if decoder else "")
+    step = weights.step if weights else 0
+    directory = evaluation_dir(config, step, identity + (index.sha256 if index else ""))
     work = WorkDirectory(str(directory / "units"), -(-config.evaluate.samples // config.evaluate.chunk_size))
+    empty = empty_context(index) if index and config.model.clip_dim is not None else None
+    sampler = Sampler(config, net, decoder.to(ranks.device) if decoder else None, empty)
+    conditions = ImageConditions(config, index)
 
     def prepare() -> list[int]:
         storage.make_directory(work.directory)
@@ -60,13 +70,14 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
 
     mine = dist.on_main(ranks, prepare)[ranks.rank :: ranks.world_size]
     for unit in tqdm(mine, unit="chunk", disable=None if ranks.is_main else True):
-        work.put(unit, do_unit(unit, config, net, autoencoder, ranks.device))
+        work.put(unit, do_unit(unit, config, sampler, conditions, extractor, ranks.device))
     dist.barrier()
 
     def finish() -> dict[str, Any]:
         results = list(work.results())
         grid = directory / "grid.png"
-        storage.write_bytes(str(grid), png(results, config.evaluate.grid_rows * GRID_COLUMNS))
+        images = np.concatenate([result["images"] for result in results])[: config.evaluate.grid_rows * GRID_COLUMNS]
+        storage.write_bytes(str(grid), png(torch.from_numpy(images), GRID_COLUMNS))
         record = {
             **score(results, reference, config),
             "weights": config.evaluate.weights,
@@ -92,79 +103,86 @@ def evaluation_dir(config: Config, step: int, weights: str) -> Path:
     weights: what identifies the weights of network and decoder.
     """
     parts = (config.evaluate, config.sample, config.diffusion, config.model, config.autoencoder)
-    protocol = hashlib.sha256("".join([weights, *map(config_hash, parts)]).encode()).hexdigest()[:12]
+    hashes = [config_hash(part) for part in parts if part is not None]
+    protocol = hashlib.sha256("".join([weights, *hashes]).encode()).hexdigest()[:12]
     return Path(config.run_dir, "evaluation", f"step-{step:08d}-{config.evaluate.weights}-{protocol}")
 
 
-def choose_checkpoint(config: Config) -> Path | None:
-    """The newest whole checkpoint; none for untrained weights.
+def condition_index(config: Config) -> ShardIndex | None:
+    """The index that conditions are drawn from: of captions, or of the training set for the frequency of its labels.
 
-    Raises ``MissingInputError``, or ``DataError`` where it was trained under another model, diffusion or scale factor.
+    Raises ``ConfigError``, ``MissingInputError``, ``DataError``.
     """
-    if config.evaluate.weights == "untrained":
+    if config.model.clip_dim is not None:
+        if config.evaluate.captions is None:
+            raise ConfigError(
+                "evaluate.captions: missing; a text system is evaluated on the captions of held-out samples: give the "
+                "index that data_tools.precompute_text made of them"
+            )
+        index = read_index(config.evaluate.captions, "evaluate.captions")
+        check_provenance(config, index, "evaluate.captions")
+        return index
+    if config.evaluate.labels == "uniform":
         return None
-    path = checkpoint.newest_whole(config.run_dir, config.checkpoint.verify)
-    if path is None:
-        raise MissingInputError(f"run_dir {config.run_dir}: holds no checkpoint to evaluate; train first")
-    trained = checkpoint.CheckpointReader(path).manifest["config"]
+    index = read_index(config.data.index)
+    check_provenance(config, index)
+    return index
+
+
+def choose_weights(config: Config, verify: str | None = None) -> Weights | None:
+    """The weights to evaluate; none for untrained ones.
+
+    Raises ``MissingInputError``, or ``DataError`` where they were trained under another model, diffusion or scale
+    factor.
+    """
+    protocol = config.evaluate
+    if protocol.weights == "untrained":
+        return None
+    kind: Kind = "ema" if protocol.weights == "ema" else "master"
+    weights = load_weights(protocol.checkpoint or config.run_dir, kind, verify or config.checkpoint.verify)
     ours = config.model_dump(mode="json")
+    trained = {**weights.config, "model": weights.model}
     wrong = [
-        f"{section}.{key}: trained with {trained[section].get(key)}, the configuration says {value}"
+        f"{section}.{key}: trained with {(trained.get(section) or {}).get(key)}, the configuration says {value}"
         for section in ("model", "diffusion", "autoencoder")
-        for key, value in ours[section].items()
-        if trained[section].get(key) != value and key not in FREE_TO_CHANGE
+        for key, value in (ours[section] or {}).items()
+        if key not in FREE_TO_CHANGE and (trained.get(section) or {}).get(key) != value
     ]
     if wrong:
-        raise DataError(f"{path} is not of this configuration:\n  " + "\n  ".join(wrong))
-    return path
+        raise DataError(f"{weights.origin} is not of this configuration:\n  " + "\n  ".join(wrong))
+    return weights
 
 
-def load_network(config: Config, path: Path | None) -> tuple[UViT, int, str]:
-    """The network with the weights of a checkpoint, or untrained; their step, 0 if untrained; what identifies them."""
+def load_network(config: Config, weights: Weights | None) -> UViT:
+    """The network with these weights, or untrained ones."""
     torch.manual_seed(config.seed)
     net = UViT(**config.model.model_dump()).eval().requires_grad_(False)
-    if path is None:
-        return net, 0, f"seed {config.seed}"
-    reader = checkpoint.CheckpointReader(path)
-    kind = {"ema": "ema", "model": "master"}[config.evaluate.weights]
-    net.load_state_dict(reader.full(kind))
-    return net, reader.manifest["step"], kind + str(reader.manifest["files"])
+    if weights is not None:
+        net.load_state_dict(weights.tensors)
+    return net
 
 
-@torch.inference_mode()
-def generate(ids: Tensor, config: Config, net: UViT, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
-    """Images of the given ids. ids: (B,) int64, on the network's device.
-
-    Returns images (B, 3, H, W) uint8 and labels (B,) int64 (-1 for an unconditional network). Noise and label are
-    functions of (evaluate.seed, id); an image's bits also depend on B, which is why B is a part of the protocol.
-    """
-    seed, model, schedule = config.evaluate.seed, config.model, DiscreteSchedule()
-    null = config.diffusion.null_label
-    labels, cond, no_cond = torch.full_like(ids, -1), {}, {}
-    if model.num_classes > 0:
-        labels = keyed_integers(seed, "sample_label", 0, ids, 0, model.num_classes - (null is not None))
-        cond = {"y": labels}
-        no_cond = {"y": torch.full_like(labels[:1], null)} if null is not None else {}
-    x_T = keyed_normal(seed, "sample_noise", 0, ids, (model.in_chans, model.img_size, model.img_size))
-    eps = noise_predictor(net, schedule.network_time, cond, no_cond or None, config.sample.cfg_scale)
-    z = dpm_solver_pp(eps, schedule, x_T, config.sample.steps)
-    return to_uint8(autoencoder.decode(z / config.autoencoder.scale_factor)), labels
-
-
-def do_unit(unit: int, config: Config, net: UViT, autoencoder: Autoencoder, device: torch.device) -> Result:
+def do_unit(
+    unit: int,
+    config: Config,
+    sampler: Sampler,
+    conditions: ImageConditions,
+    extract: Extractor,
+    device: torch.device,
+) -> Result:
     """Generate the images of one unit in sub-batches of the fixed size, the last one padded. Returns its moments,
     features and, of the first ids, the images."""
     protocol = config.evaluate
-    extract = EXTRACTORS[protocol.features]
     first, last = unit * protocol.chunk_size, min((unit + 1) * protocol.chunk_size, protocol.samples)
     images, labels, features = [], [], []
     for begin in range(first, last, protocol.sub_batch_size):
         ids = torch.arange(begin, begin + protocol.sub_batch_size, device=device)  # ids beyond the last: padding
-        batch, batch_labels = generate(ids, config, net, autoencoder)
+        condition = conditions.of(ids)
+        batch = sampler.generate(ids, condition, protocol.seed)
         wanted = min(last - begin, protocol.sub_batch_size)
         images.append(batch[:wanted].cpu())
-        labels.append(batch_labels[:wanted].cpu())
-        features.append(extract(batch[:wanted]).cpu())
+        labels.append(labels_of(condition, len(ids))[:wanted])
+        features.append(extract(batch)[:wanted].cpu())
     all_features = torch.cat(features)
     moments = FeatureMoments(all_features.shape[1])
     moments.update(all_features)
@@ -187,25 +205,34 @@ def score(results: list[Result], reference: dict[str, Any], config: Config) -> d
             {key.removeprefix("moments_"): v for key, v in result.items() if key.startswith("moments_")}
         )
         moments.merge(part)
+    distance = frechet_distance(moments.mean, moments.covariance, reference["mu"], reference["sigma"])
     scores: dict[str, Any] = {
         "feature_space": config.evaluate.features,
         "samples": int(moments.n),
-        "frechet_distance": frechet_distance(moments.mean, moments.covariance, reference["mu"], reference["sigma"]),
-        **{f"{name}_real_halves": float(reference[f"{name}_halves"]) for name in ("frechet_distance", "recall")},
+        "fid" if config.evaluate.features == "inception" else "frechet_distance": distance,
     }
+    halves = ("frechet_distance", "recall", "class_accuracy")
+    scores |= {
+        f"{name}_real_halves": float(reference[f"{name}_halves"]) for name in halves if f"{name}_halves" in reference
+    }
+    if "features" not in reference:  # the official files hold mu and sigma alone
+        return scores
     features = torch.from_numpy(np.concatenate([result["features"] for result in results]))
-    labels = torch.from_numpy(np.concatenate([result["labels"] for result in results]))[: len(features)]
-    real, real_labels = torch.from_numpy(reference["features"]), torch.from_numpy(reference["labels"])
+    real = torch.from_numpy(reference["features"])
     k = config.evaluate.neighbours
     scores["recall"] = nearest_neighbour_recall(real, features, k)
-    if config.model.num_classes > 0:
-        scores["class_accuracy"] = (knn_classify(real, real_labels, features, k) == labels).double().mean().item()
-        scores["class_accuracy_real_halves"] = float(reference["class_accuracy_halves"])
+    if config.model.num_classes > 0 and "labels" in reference:
+        labels = torch.from_numpy(np.concatenate([result["labels"] for result in results]))[: len(features)]
+        found = knn_classify(real, torch.from_numpy(reference["labels"]), features, k)
+        scores["class_accuracy"] = (found == labels).double().mean().item()
     return scores
 
 
 def read_reference(config: Config) -> dict[str, Any]:
-    """Statistics of the real images. Raises ``MissingInputError``, ``DataError`` where they are of another kind."""
+    """Statistics of the real images: a file of ours, or an official one of ``mu`` and ``sigma`` of Inception features.
+
+    Raises ``MissingInputError``, ``DataError`` where they are of another kind.
+    """
     path = config.evaluate.reference
     if not storage.exists(path):
         raise MissingInputError(
@@ -215,11 +242,20 @@ def read_reference(config: Config) -> dict[str, Any]:
     try:
         with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as archive:
             reference = dict(archive)
-        made = json.loads(str(reference["provenance"]))
+        mu, sigma = reference["mu"], reference["sigma"]
+        made = json.loads(str(reference["provenance"])) if "provenance" in reference else None
     except (ValueError, KeyError) as error:
         raise DataError(
             f"evaluate.reference {path}: not a reference made by data_tools.fid_reference ({error})"
         ) from None
+    if made is None:
+        if config.evaluate.features != "inception" or mu.shape != (2048,) or sigma.shape != (2048, 2048):
+            raise DataError(
+                f"evaluate.reference {path}: mu {mu.shape}, sigma {sigma.shape} without provenance: official files "
+                f"hold 2048 Inception features, evaluate.features is {config.evaluate.features}; make the reference anew"
+            )
+        log.warning("evaluate.reference %s says nothing of its images; resolution and crop are not checked", path)
+        return reference
     ours = {
         "features": config.evaluate.features,
         "image_size": config.data.image_size,
@@ -236,10 +272,9 @@ def read_reference(config: Config) -> dict[str, Any]:
     return reference
 
 
-def png(results: list[Result], count: int) -> bytes:
-    """The first images as one picture, GRID_COLUMNS in a row, with grey gaps."""
-    images = torch.from_numpy(np.concatenate([result["images"] for result in results])[:count])
-    grid = make_grid(images, nrow=GRID_COLUMNS, padding=2, pad_value=96)
+def png(images: Tensor, columns: int) -> bytes:
+    """Images (N, 3, H, W) uint8 as one picture, so many in a row, with grey gaps."""
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=96)
     out = io.BytesIO()
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(out, "PNG")
     return out.getvalue()

@@ -2,47 +2,73 @@
 
 from __future__ import annotations
 
-from uvit_dist.config import Config, batch_rules
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvit_dist import storage
+from uvit_dist.config import AutoencoderConfig, Config
+from uvit_dist.config_rules import batch_rules
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex, check_shards_present, read_index
 from uvit_dist.errors import ConfigError, DataError
 from uvit_dist.models.autoencoder import load_autoencoder
 
 
-def encoder_fingerprint(config: Config) -> str:
+def encoder_fingerprint(autoencoder: AutoencoderConfig) -> str:
     """The hash of the encoder that the configuration means: given, or computed from its file."""
-    return config.autoencoder.encoder_fingerprint or load_autoencoder(config.autoencoder.encoder).encoder_fingerprint
+    if autoencoder.encoder_fingerprint:
+        return autoencoder.encoder_fingerprint
+    path = storage.local_weights(autoencoder.encoder, autoencoder.encoder_sha256, "autoencoder.encoder")
+    return load_autoencoder(path).encoder_fingerprint
 
 
-def check_provenance(config: Config, index: ShardIndex) -> None:
+def check_provenance(config: Config, index: ShardIndex, key: str = "data.index") -> None:
     """Refuse an index that contradicts the configuration, naming both values of everything that differs.
 
+    key: of the configuration, that names it; that of held-out samples may be made without mirror images.
     Raises ``DataError``.
     """
     made, model = index.provenance, config.model
-    shape = (2 * model.in_chans, model.img_size, model.img_size)
-    null = config.diffusion.null_label
-    pairs = [
-        ("autoencoder.encoder (hash)", encoder_fingerprint(config), made.encoder_fingerprint),
-        ("autoencoder.scale_factor", config.autoencoder.scale_factor, made.scale_factor),
+    channels = model.in_chans if config.autoencoder is None else 2 * model.in_chans
+    shape = (channels, model.img_size, model.img_size)
+    pairs: list[tuple[str, Any, Any]] = [
+        ("what is stored (data.space)", "pixels" if config.autoencoder is None else "moments", made.kind),
         ("data.image_size", config.data.image_size, made.image_size),
         ("data.crop", config.data.crop, made.crop),
-        ("data.mirror", config.data.mirror, made.mirror),
-        ("data.moments_dtype", config.data.moments_dtype, made.moments_dtype),
-        ("shape of moments (2 x model.in_chans, model.img_size, model.img_size)", shape, made.moments_shape),
+        ("shape of a sample (by model.in_chans and model.img_size)", shape, made.shape),
     ]
+    if config.autoencoder is not None and made.kind == "moments":
+        pairs += [
+            ("autoencoder.encoder (hash)", encoder_fingerprint(config.autoencoder), made.encoder_fingerprint),
+            ("autoencoder.scale_factor", config.autoencoder.scale_factor, made.scale_factor),
+            ("data.moments_dtype", config.data.moments_dtype, made.dtype),
+        ]
+        if key == "data.index":
+            pairs.append(("data.mirror", config.data.mirror, made.mirror))
     if model.num_classes > 0:
-        classes = model.num_classes - (null is not None)
+        classes = model.num_classes - (config.diffusion.null_label is not None)
         pairs.append(("classes (model.num_classes without the null label)", classes, made.classes))
+    if model.clip_dim is not None:
+        contexts = made.text.shape if made.text else None
+        pairs.append(
+            ("contexts (model.num_clip_token, model.clip_dim)", (model.num_clip_token, model.clip_dim), contexts)
+        )
     wrong = [
-        f"{key}: the configuration says {ours}, the index {theirs}" for key, ours, theirs in pairs if ours != theirs
+        f"{name}: the configuration says {ours}, the index {theirs}" for name, ours, theirs in pairs if ours != theirs
     ]
     if wrong:
         raise DataError(
-            f"data.index {index.path} does not hold what the configuration describes:\n  "
+            f"{key} {index.path} does not hold what the configuration describes:\n  "
             + "\n  ".join(wrong)
-            + "\nCorrect the configuration, or make the shards again with data_tools.precompute_latents."
+            + "\nCorrect the configuration, or make the shards again with the commands in docs/shards.md."
         )
+
+
+def empty_context(index: ShardIndex) -> Tensor | None:
+    """The context of the empty prompt, (length, width) float32, of an index of samples with captions."""
+    return None if index.provenance.text is None else torch.from_numpy(index.empty_context()).float()
 
 
 def make_plan(config: Config, index: ShardIndex) -> Plan:
@@ -50,13 +76,19 @@ def make_plan(config: Config, index: ShardIndex) -> Plan:
     return Plan(index.counts, config.seed, config.train.global_batch_size, config.data.lanes, config.data.block_size)
 
 
-def check_training(config: Config, world_size: int) -> ShardIndex:
-    """The index of a training job on so many ranks, after every check. Raises ``UserError`` of the right kind."""
+def check_training(config: Config, world_size: int) -> tuple[ShardIndex, ShardIndex | None]:
+    """The index of a training job on so many ranks, and that of its held-out samples, after every check.
+
+    Raises ``UserError`` of the right kind.
+    """
     broken = [message for holds, message in batch_rules(config.train, config.data, world_size) if not holds]
     if broken:
         raise ConfigError("\n".join(broken))
     index = read_index(config.data.index)
-    check_provenance(config, index)
-    check_shards_present(index)
+    held_out = None if config.validation is None else read_index(config.validation.index, "validation.index")
+    for key, checked in (("data.index", index), ("validation.index", held_out)):
+        if checked is not None:
+            check_provenance(config, checked, key)
+            check_shards_present(checked)
     make_plan(config, index)
-    return index
+    return index, held_out

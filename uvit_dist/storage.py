@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -178,6 +179,50 @@ def write_bytes(path: str, data: bytes) -> None:
 def remove_tree(directory: str | Path) -> None:
     """Delete a local directory and all in it; one that is not there is no error."""
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def local_weights(path: str, sha256: str | None, key: str) -> str:
+    """The local path of a file (or folder) of weights, its hash checked where one is given.
+
+    path: local, or a URL, which must come with its hash and is kept in a cache (UVIT_DIST_CACHE, or
+    ~/.cache/uvit_dist) under that hash. key: of the configuration, that names it; its hash is at key + "_sha256".
+    Raises ``MissingInputError``, ``DataError`` where the hash differs.
+    """
+    if not is_remote(path):
+        if sha256 is not None and os.path.isfile(path):
+            _check_sha256(path, path, sha256, key)
+        return path
+    if sha256 is None:
+        raise DataError(f"{key} {path}: a URL needs the file's hash; set {key}_sha256")
+    cache = os.environ.get("UVIT_DIST_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "uvit_dist")
+    kept = os.path.join(cache, sha256[:16], path.rsplit("/", 1)[1])
+    if not os.path.exists(kept):
+        make_directory(os.path.dirname(kept))
+        try:
+            with atomic_write(kept) as file, fsspec.open(path, "rb") as source:
+                shutil.copyfileobj(source, file, 1 << 22)
+        except (OSError, ValueError, ImportError) as error:
+            raise MissingInputError(
+                f"{key} {path}: cannot be fetched ({error}); download it by other means, and give its local path"
+            ) from None
+    try:
+        _check_sha256(kept, path, sha256, key)
+    except DataError:
+        os.unlink(kept)
+        raise
+    return kept
+
+
+def _check_sha256(path: str, origin: str, sha256: str, key: str) -> None:
+    digest = hashlib.sha256()
+    with _explained(path), open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    if digest.hexdigest() != sha256.lower():
+        raise DataError(
+            f"{key} {origin}: its sha256 is {digest.hexdigest()}, {key}_sha256 says {sha256}: "
+            "it is another file or was damaged; get the right one"
+        )
 
 
 @contextlib.contextmanager

@@ -7,30 +7,27 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from uvit_dist import __version__, checkpoint, dist, preflight, storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import dump_config
-from uvit_dist.data.latents import sample_latents
-from uvit_dist.data.loader import Batch, LatentLoader
+from uvit_dist.data.loader import Batch, ShardLoader
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex
-from uvit_dist.diffusion.keyed_random import keyed_integers, keyed_normal, keyed_uniform
-from uvit_dist.diffusion.objective import add_noise, drop_labels, noise_loss
-from uvit_dist.diffusion.schedule import DiscreteSchedule
 from uvit_dist.dist import Ranks
-from uvit_dist.engine import Engine
+from uvit_dist.engine import Engine, StepResult
 from uvit_dist.errors import DataError
+from uvit_dist.loss import Example, LossByTime, Objective, Trace
 from uvit_dist.metrics import MetricsLog, Progress
 from uvit_dist.models.uvit import UViT
 from uvit_dist.preemption import StopFlag
+from uvit_dist.validation import Validation
+from uvit_dist.weights import adapt, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +38,24 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     Returns whether training is complete: False where the stop flag came first and the state was saved.
     Raises ``UserError`` of the right kind.
     """
-    index: ShardIndex = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
+    index, held_out = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
     plan = preflight.make_plan(config, index)
-    torch.manual_seed(config.seed)
-    engine = Engine(UViT(**config.model.model_dump()), config, ranks)
+    engine = Engine(initial_network(config, ranks), config, ranks)
     resume(engine, config, index, ranks)
-    loader = LatentLoader(
-        index,
-        plan,
-        ranks.rank,
-        ranks.world_size,
-        engine.step,
-        config.data.read_threads,
-        config.data.prefetch_blocks,
+    data = config.data
+    loader = ShardLoader(
+        index, plan, ranks.rank, ranks.world_size, engine.step, data.read_threads, data.prefetch_blocks
     )
-    schedule, report = DiscreteSchedule(), Report(config, ranks, engine.step)
+    objective = Objective(config, preflight.empty_context(index))
+    validation = Validation(config, held_out, objective, ranks) if held_out is not None else None
+    report = Report(config, ranks, engine.step)
     saved_at = engine.step
 
     def loss_of(net: nn.Module, batch: Batch) -> Tensor:
-        return diffusion_loss(net, batch, config, schedule, report.trace)
+        example = objective.example(batch)
+        losses = objective.losses(net, example)
+        report.after_forward(batch.ids, example, losses, objective)
+        return losses.mean()
 
     def save() -> int:
         manifest = make_manifest(engine, plan, config, index)
@@ -71,8 +67,9 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         with report.waiting():
             batch = next(loader)
         result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, flag=stop.raised)
-        report.after_step(engine.step, batch.epoch, result)
         stopped = result.flag
+        due = config.validation is not None and engine.step % config.validation.every == 0
+        report.after_step(engine.step, batch.epoch, result, validation.run(engine) if validation and due else {})
         if engine.step % config.checkpoint.every == 0:
             saved_at = save()
     if saved_at != engine.step:
@@ -86,42 +83,27 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     return complete
 
 
-def diffusion_loss(
-    net: nn.Module, batch: Batch, config: Config, schedule: DiscreteSchedule, trace: Trace | None = None
-) -> Tensor:
-    """L_simple on latents drawn anew from their moments, DDPM eq. 14.
+def initial_network(config: Config, ranks: Ranks) -> UViT:
+    """The network as a run begins: initialised from the seed, or from ``train.init_from``. A collective call.
 
-    batch: on the network's device. Returns a scalar.
+    Raises ``UserError`` of the right kind where those weights cannot be had or do not fit.
     """
-    who = (batch.epoch, batch.ids)
-    shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
-    x0 = sample_latents(
-        batch.moments, keyed_normal(config.seed, "latent", *who, shape), config.autoencoder.scale_factor
-    )
-    noise = keyed_normal(config.seed, "noise", *who, shape)
-    timesteps = keyed_integers(config.seed, "timestep", *who, 1, schedule.num_timesteps + 1)
-    labels = None
-    if config.model.num_classes > 0:
-        labels = batch.labels
-        if config.diffusion.null_label is not None:
-            uniforms = keyed_uniform(config.seed, "label_dropout", *who)[:, 0]
-            labels = drop_labels(labels, uniforms, config.diffusion.label_dropout, config.diffusion.null_label)
-    if trace is not None:
-        trace.add(batch, noise, timesteps, labels)
-    xt = add_noise(x0, noise, *schedule.alpha_sigma(timesteps))
-    return noise_loss(net(xt, timesteps, y=labels), noise).mean()
+    torch.manual_seed(config.seed)
+    net = UViT(**config.model.model_dump())
+    if config.train.init_from is None or dist.on_main(ranks, lambda: checkpoint.any_checkpoint(config.run_dir)):
+        return net
+    path = config.train.init_from
+    dist.on_main(ranks, lambda: load_weights(path).step)  # read in full and checked by one rank, for all
+    weights = load_weights(path, verify="size")
+    net.load_state_dict(adapt(weights, net, config.diffusion.null_label))
+    log.info("starting from the %s weights of step %d of %s", weights.kind, weights.step, weights.origin)
+    return net
 
 
 def micro_batches(batch: Batch, config: Config, device: torch.device) -> Iterator[Batch]:
     """A rank's batch in pieces of ``train.micro_batch_size``, on the device."""
     size = config.train.micro_batch_size
-    for first in range(0, len(batch.ids), size):
-        pieces = {
-            field.name: getattr(batch, field.name)[first : first + size].to(device, non_blocking=True)
-            for field in fields(Batch)
-            if field.name in ("ids", "labels", "moments")
-        }
-        yield Batch(step=batch.step, epoch=batch.epoch, **pieces)
+    return (batch.to(device, slice(first, first + size)) for first in range(0, len(batch.ids), size))
 
 
 def make_manifest(engine: Engine, plan: Plan, config: Config, index: ShardIndex) -> dict[str, Any]:
@@ -132,7 +114,7 @@ def make_manifest(engine: Engine, plan: Plan, config: Config, index: ShardIndex)
         "epoch": epoch,
         "step_in_epoch": step_in_epoch,
         "samples_seen": engine.step * config.train.global_batch_size,
-        "must_agree": _must_agree(config, index),
+        "must_agree": must_agree(config, index),
         "journal": {"skipped_steps": [], "quarantined_shards": [], "substitutes": {}},
         "config": config.model_dump(mode="json"),
         "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
@@ -140,7 +122,8 @@ def make_manifest(engine: Engine, plan: Plan, config: Config, index: ShardIndex)
     }
 
 
-def _must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
+def must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
+    """What a resumed run must agree with: what decides the order of samples and the meaning of the weights."""
     return {
         "sha256 of data.index": index.sha256,
         "seed": config.seed,
@@ -150,7 +133,8 @@ def _must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
         # how activations are recomputed is no part of what the weights mean
         "model": config.model.model_dump(mode="json", exclude={"use_checkpoint"}),
         "diffusion": config.diffusion.model_dump(mode="json"),
-        "autoencoder.scale_factor": config.autoencoder.scale_factor,
+        "data.mirror": config.data.mirror,
+        "autoencoder.scale_factor": config.autoencoder.scale_factor if config.autoencoder else None,
     }
 
 
@@ -167,7 +151,7 @@ def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> N
         if path is not None:
             manifest = json.loads((path / checkpoint.MANIFEST).read_text())
             saved = manifest["must_agree"]
-            ours = _must_agree(config, index)
+            ours = must_agree(config, index)
             wrong = [
                 f"{key}: the checkpoint says {saved.get(key)}, this run {ours[key]}"
                 for key in ours
@@ -203,25 +187,13 @@ def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
         yield f"{key} from {before} to {now}"
 
 
-class Trace:
-    """What each rank feeds the network, sample by sample: rows of (id, timestep, label, hash of the noise)."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, str]] = []
-
-    def add(self, batch: Batch, noise: Tensor, timesteps: Tensor, labels: Tensor | None) -> None:
-        """Note a micro-batch. noise: (B, C, H, W); timesteps, labels: (B,) int64."""
-        named = labels.tolist() if labels is not None else [-1] * len(batch.ids)
-        hashes = [xxhash.xxh3_64_hexdigest(sample.cpu().numpy().tobytes()) for sample in noise]
-        self.rows += zip(batch.ids.tolist(), timesteps.tolist(), named, hashes, strict=True)
-
-
 class Report:
     """Metrics, progress and trace of the loop; only rank 0 writes."""
 
     def __init__(self, config: Config, ranks: Ranks, first_step: int) -> None:
         self.config, self.ranks = config, ranks
         self.trace = Trace() if config.train.trace else None
+        self._by_time = LossByTime(config.train.timestep_bins, ranks.device)
         self._metrics = MetricsLog(config.run_dir, config.model_dump(mode="json")) if ranks.is_main else None
         self._progress = Progress(first_step, config.train.steps, ranks.is_main)
         self._losses: list[float] = []
@@ -235,11 +207,21 @@ class Report:
         yield
         self._waited += time.monotonic() - start
 
-    def after_step(self, step: int, epoch: int, result: Any) -> None:
-        """Note an update; every ``train.log_every`` of them one record is written. step: updates made."""
+    def after_forward(self, ids: Tensor, example: Example, losses: Tensor, objective: Objective) -> None:
+        """Note a micro-batch: its ids (B,), what the network was asked, and the losses (B,)."""
+        if self._by_time.bins:
+            self._by_time.add(losses, objective.schedule.elapsed(example.time))
+        if self.trace is not None:
+            self.trace.add(ids, example)
+
+    def after_step(self, step: int, epoch: int, result: StepResult, validation: dict[str, Any]) -> None:
+        """Note an update; every ``train.log_every`` of them, and after a validation, one record is written.
+
+        step: updates made. A collective call.
+        """
         self._losses.append(result.loss)
         record = None
-        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps or validation:
             now = time.monotonic()
             batch = self.config.train.global_batch_size
             record = {
@@ -252,7 +234,10 @@ class Report:
                 "images_per_s": len(self._losses) * batch / (now - self._since),
                 "data_wait_s": self._waited,
                 "time": time.time(),
+                **validation,
             }
+            if self._by_time.bins:
+                record["loss_by_timestep"] = self._by_time.take(dist.sum_)
             self._losses, self._since, self._waited = [], now, 0.0
             if self._metrics is not None:
                 self._metrics.write(record)

@@ -8,7 +8,7 @@ import torch
 
 from data_tools import precompute_latents
 from data_tools.fid_reference import make_reference
-from data_tools.images import DigitsSource
+from data_tools.sources import DigitsSource
 from tests.tiny import tiny_config
 
 

@@ -112,7 +112,13 @@ def test_the_command_ends_with_78_and_no_traceback_before_anything_starts(tmp_pa
 
 def test_every_key_is_described():
     from uvit_dist.config import Config
+    from uvit_dist.config_yaml import _section
 
-    for name, section in Config.model_fields.items():
-        fields = getattr(section.annotation, "model_fields", {name: section})
+    for name, field in Config.model_fields.items():
+        section = _section(field.annotation)
+        fields = section.model_fields if section else {name: field}
         assert all(field.description for field in fields.values()), name
+
+
+def test_the_nearest_name_is_found_in_optional_sections():
+    assert "autoencoder.encoders: no such key; did you mean autoencoder.encoder?" in mistakes("autoencoder.encoders=x")

@@ -9,10 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {
-    0: ["errors", "config", "config_yaml", "ema", "fid", "diffusion", "data.latents", "data.plan"],
+    0: ["errors", "config", "config_rules", "config_yaml", "ema", "fid", "diffusion", "data.latents", "data.plan"],
     1: ["models"],
     2: ["data.loader", "data.shards", "work", "dist", "storage", "metrics"],
-    3: ["engine", "checkpoint", "preemption", "watchdog", "preflight"],
+    3: [
+        "engine",
+        "checkpoint",
+        "weights",
+        "preemption",
+        "watchdog",
+        "preflight",
+        "loss",
+        "validation",
+        "sampler",
+        "extractor",
+    ],
     4: ["train", "evaluate"],
     5: ["launch", "supervisor", "worker", "sample", "convert", "export", "status", "tune", "doctor", "demo"],
 }
@@ -25,6 +36,8 @@ OWNERS = {
     "obstore": {"storage"},
     "submitit": {"launch", "supervisor"},
     "diffusers": {"models.autoencoder"},
+    "open_clip": {"models.text"},
+    "pytorch_fid": {"models.inception"},
     "wandb": {"metrics"},
 }
 

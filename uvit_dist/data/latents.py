@@ -1,14 +1,17 @@
-"""The shard contract: what a record holds, and how moments become latents.
+"""The shard contract: what a record holds, and how what is stored becomes what the network is trained on.
 
-A shard is a tar file. A sample is two members, ``KEY.npy`` (moments: mean and logvar stacked, (2C, H, W), float16 or
-float32, little endian, C order) and ``KEY.cls`` (the label in decimal); the key of a mirrored image ends in ``_m``.
+A shard is a tar file. A sample is ``KEY.cls`` (the label in decimal, -1: none) and ``KEY.npy``: the moments of a latent
+(mean and logvar stacked, (2C, H, W), float16 or float32) or the pixels of an image ((3, H, W), uint8), little endian, C
+order. The key of a mirrored image ends in ``_m``. A sample with captions also has ``KEY.json`` ({"captions": [...]})
+and ``KEY.contexts.npy``, their text contexts (captions, length, width).
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,29 +20,55 @@ from torch import Tensor
 
 from uvit_dist.errors import DataError
 
-VERSION = 1
+VERSION = 2
 MIRROR_SUFFIX = "_m"
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Where the moments of an index come from; training refuses an index that contradicts its configuration.
+class Sample:
+    """One sample as it goes into a shard. data: (2C, H, W) moments or (3, H, W) pixels; contexts: (n, L, D)."""
 
-    encoder_fingerprint: hash of the autoencoder's encoder and quant_conv; scale_factor: 1/std of the latents, which
-    the stored moments are *not* multiplied by; image_size: pixels; moments_shape: (2C, H, W).
+    key: str
+    label: int
+    data: NDArray[Any]
+    captions: Sequence[str] = ()
+    contexts: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
+class TextProvenance:
+    """Where the contexts of an index come from. shape: (length, width); empty_sha256: of the empty prompt's context."""
+
+    encoder_fingerprint: str
+    dtype: str
+    shape: tuple[int, int]
+    empty_sha256: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the samples of an index come from; training refuses an index that contradicts its configuration.
+
+    kind: what is stored; dtype, shape: of each. For moments, encoder_fingerprint: hash of the autoencoder's encoder and
+    quant_conv; scale_factor: 1/std of the latents, which the stored moments are *not* multiplied by; mirror: whether
+    mirror images are samples of their own. image_size: pixels; classes: number of labels, 0: none; class_counts:
+    samples of each.
     """
 
-    autoencoder: str
-    encoder_fingerprint: str
-    scale_factor: float
+    kind: Literal["moments", "pixels"]
+    dtype: str
+    shape: tuple[int, int, int]
     source: str
     image_size: int
     crop: str
     mirror: bool
-    moments_dtype: str
-    moments_shape: tuple[int, int, int]
     classes: int
     samples: int
+    class_counts: tuple[int, ...] = field(default=(), repr=False)
+    autoencoder: str | None = None
+    encoder_fingerprint: str | None = None
+    scale_factor: float | None = None
+    text: TextProvenance | None = None
     version: int = VERSION
 
     @staticmethod
@@ -51,17 +80,28 @@ class Provenance:
                 "Make the shards anew."
             )
         try:
-            return Provenance(**{**record, "moments_shape": tuple(record["moments_shape"])})
+            text = record["text"] and TextProvenance(**{**record["text"], "shape": tuple(record["text"]["shape"])})
+            tuples = {name: tuple(record[name]) for name in ("shape", "class_counts")}
+            return Provenance(**{**record, **tuples, "text": text})
         except (TypeError, KeyError) as error:
             raise DataError(f"{origin}: incomplete provenance ({error}); make the shards anew") from None
 
 
-def encode_moments(moments: NDArray[Any]) -> tuple[bytes, int]:
-    """Moments (2C, H, W) as the bytes of a .npy file, and the offset of the array's data in them."""
+def encode_array(array: NDArray[Any]) -> tuple[bytes, int]:
+    """An array of any shape as the bytes of a .npy file, and the offset of its data in them."""
     out = io.BytesIO()
-    np.lib.format.write_array(out, np.ascontiguousarray(moments), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(out, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     data = out.getvalue()
-    return data, len(data) - moments.nbytes
+    return data, len(data) - array.nbytes
+
+
+def pixels_to_x0(pixels: Tensor, mirrored: Tensor) -> Tensor:
+    """x0 = pixels/127.5 − 1, mirrored left to right where asked.
+
+    pixels: (B, 3, H, W) uint8; mirrored: (B,) bool. Returns (B, 3, H, W) float32 in [-1, 1].
+    """
+    x0 = pixels.float() / 127.5 - 1.0
+    return torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scale_factor: float) -> Tensor:

@@ -17,12 +17,19 @@ from numpy.typing import NDArray
 from uvit_dist.errors import ConfigError
 
 Ids = NDArray[np.int64]
+Pieces = tuple[tuple[int, int, int], ...]
+"""Runs of samples in shards: (shard, first sample in it, number of samples)."""
 
 
 def _random_words(seed: int, *purpose: int | str, count: int) -> NDArray[np.uint64]:
     """``count`` words of numpy's Philox stream, which is frozen, under a key made of the arguments."""
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+
+
+def held_out_ids(samples: int, count: int, seed: int) -> Ids:
+    """``count`` different ids of 0…samples-1, (count,) int64, in an order that the seed decides."""
+    return _permutation(seed, "held_out", size=samples)[:count]
 
 
 def _permutation(seed: int, *purpose: int | str, size: int) -> Ids:
@@ -37,7 +44,7 @@ class BlockSpan:
     of the i-th sample that is served.
     """
 
-    pieces: tuple[tuple[int, int, int], ...]
+    pieces: Pieces
     order: Ids
 
 
@@ -132,7 +139,7 @@ class _Sequence:
     ends: Ids
     start: int
 
-    def pieces(self, first: int, size: int) -> tuple[tuple[int, int, int], ...]:
+    def pieces(self, first: int, size: int) -> Pieces:
         total = int(self.ends[-1])
         out = []
         while size:

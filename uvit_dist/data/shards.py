@@ -1,7 +1,8 @@
 """Writing shards and their index, reading an index, verifying a shard.
 
 Beside ``index.json`` lie, for each shard, the tar itself, ``NAME.rows.npy`` (for each sample the byte offset of its
-moments in the tar, its label and the xxh3 of the moments) and ``NAME.json`` (size, count, hashes), written last.
+data in the tar, their xxh3, its label and number of captions), with captions ``NAME.contexts.npy`` (for each caption
+the offset of its context and its xxh3) and ``NAME.json`` (size, count, hashes), written last.
 """
 
 from __future__ import annotations
@@ -21,21 +22,32 @@ import xxhash
 from numpy.typing import NDArray
 
 from uvit_dist import storage
-from uvit_dist.data.latents import Provenance, encode_moments
+from uvit_dist.data.latents import Provenance, Sample, encode_array
 from uvit_dist.errors import DataError, MissingInputError
 
-ROW = np.dtype([("offset", "<u8"), ("label", "<i4"), ("xxh3", "<u8")])
+ROW = np.dtype([("offset", "<u8"), ("xxh3", "<u8"), ("label", "<i4"), ("captions", "<u4")])
+CONTEXT_ROW = np.dtype([("offset", "<u8"), ("xxh3", "<u8")])
+EMPTY_CONTEXT = "empty_context.npy"
+"""Beside the index of samples with captions: the context of the empty prompt, (length, width)."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the index says of a shard. size: bytes; samples: count; sha256 of the tar and of its rows."""
+    """What the index says of a shard. size: bytes; samples: count; sha256 of the tar and of its tables."""
 
     name: str
     size: int
     samples: int
     sha256: str
     rows_sha256: str
+    contexts_sha256: str | None = None
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """Name → sha256 of the rows of the tables beside the tar."""
+        stem = self.name.removesuffix(".tar")
+        rows = {f"{stem}.rows.npy": self.rows_sha256}
+        return rows if self.contexts_sha256 is None else {**rows, f"{stem}.contexts.npy": self.contexts_sha256}
 
 
 class _Hashing(io.RawIOBase):
@@ -54,32 +66,44 @@ class _Hashing(io.RawIOBase):
         return len(data)
 
 
-def write_shard(
-    directory: str, name: str, samples: Iterable[tuple[str, int, NDArray[Any]]], provenance: Provenance
-) -> ShardRecord:
-    """Write one shard atomically. samples: (key, label, moments (2C, H, W)). Its record is the last file written.
+def write_shard(directory: str, name: str, samples: Iterable[Sample], provenance: Provenance) -> ShardRecord:
+    """Write one shard atomically; samples in order, each of the shape and type in the provenance. Its record is the
+    last file written.
 
     The bytes depend on the samples alone. Raises ``OutputError``.
     """
-    rows, keys = [], []
+    rows: list[tuple[int, int, int, int]] = []
+    contexts: list[tuple[int, int]] = []
+    keys = []
     with storage.atomic_write(storage.join(directory, f"{name}.tar")) as file:
         stream = _Hashing(file)
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for key, label, moments in samples:
-                data, header = encode_moments(moments)
-                keys.append(key)
-                _add_member(tar, f"{key}.cls", str(label).encode())
-                _add_member(tar, f"{key}.npy", data)
-                padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                rows.append((tar.offset - padded + header, label, xxhash.xxh3_64_intdigest(data[header:])))
-    table = np.array(rows, dtype=ROW).tobytes()
-    storage.write_bytes(storage.join(directory, f"{name}.rows.npy"), _npy(np.frombuffer(table, dtype=ROW)))
-    record = ShardRecord(
-        f"{name}.tar", stream.size, len(rows), stream.sha256.hexdigest(), hashlib.sha256(table).hexdigest()
-    )
+            for sample in samples:
+                keys.append(sample.key)
+                _add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
+                if sample.contexts is not None:
+                    assert len(sample.contexts) == len(sample.captions) > 0
+                    texts = json.dumps({"captions": list(sample.captions)}, ensure_ascii=False)
+                    _add_member(tar, f"{sample.key}.json", texts.encode())
+                    start = _add_array(tar, f"{sample.key}.contexts.npy", sample.contexts)
+                    for number, context in enumerate(sample.contexts):
+                        contexts.append((start + number * context.nbytes, _xxh3(context)))
+                offset = _add_array(tar, f"{sample.key}.npy", sample.data)
+                rows.append((offset, _xxh3(sample.data), sample.label, len(sample.captions)))
+    tables = {"rows": np.array(rows, dtype=ROW)}
+    if provenance.text is not None:
+        tables["contexts"] = np.array(contexts, dtype=CONTEXT_ROW)
+    for table, array in tables.items():
+        storage.write_bytes(storage.join(directory, f"{name}.{table}.npy"), encode_array(array)[0])
+    hashes = {f"{table}_sha256": hashlib.sha256(array.tobytes()).hexdigest() for table, array in tables.items()}
+    record = ShardRecord(f"{name}.tar", stream.size, len(rows), stream.sha256.hexdigest(), **hashes)
     sidecar = {**dataclasses.asdict(record), "keys": hash_keys(keys), "provenance": dataclasses.asdict(provenance)}
     storage.write_bytes(storage.join(directory, f"{name}.json"), json.dumps(sidecar, indent=1).encode())
     return record
+
+
+def _xxh3(array: NDArray[Any]) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(array).tobytes())
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -88,10 +112,11 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _npy(array: NDArray[Any]) -> bytes:
-    out = io.BytesIO()
-    np.lib.format.write_array(out, array, version=(1, 0), allow_pickle=False)
-    return out.getvalue()
+def _add_array(tar: tarfile.TarFile, name: str, array: NDArray[Any]) -> int:
+    """Add an array as .npy. Returns the offset of its data in the tar."""
+    data, header = encode_array(array)
+    _add_member(tar, name, data)
+    return tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + header
 
 
 def hash_keys(keys: list[str]) -> str:
@@ -143,26 +168,46 @@ class ShardIndex:
         return storage.join(storage.parent(self.path), self.shards[shard].name)
 
     def rows(self, shard: int) -> NDArray[Any]:
-        """Offsets, labels and hashes of a shard's samples, checked. Raises ``DataError``."""
-        record = self.shards[shard]
-        path = self.shard_path(shard).removesuffix(".tar") + ".rows.npy"
+        """ROW of each of a shard's samples, (samples,), checked. Raises ``DataError``."""
+        return self._table(shard, "rows", ROW)
+
+    def context_rows(self, shard: int) -> NDArray[Any]:
+        """CONTEXT_ROW of each caption of a shard, (captions,), sample by sample, checked. Raises ``DataError``."""
+        return self._table(shard, "contexts", CONTEXT_ROW)
+
+    def _table(self, shard: int, table: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        name = f"{self.shards[shard].name.removesuffix('.tar')}.{table}.npy"
+        path = storage.join(storage.parent(self.path), name)
         try:
             rows = np.lib.format.read_array(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
         except ValueError as error:
             if isinstance(error, MissingInputError):
                 raise
             raise DataError(f"{path}: not a table of samples ({error}); make this shard again") from None
-        if rows.dtype != ROW or hashlib.sha256(rows.tobytes()).hexdigest() != record.rows_sha256:
+        if rows.dtype != dtype or hashlib.sha256(rows.tobytes()).hexdigest() != self.shards[shard].tables.get(name):
             raise DataError(f"{path}: differs from what {self.path} records; make or copy this shard again")
         return rows
 
+    def empty_context(self) -> NDArray[Any]:
+        """The context of the empty prompt, (length, width), checked. Raises ``DataError``."""
+        assert self.provenance.text is not None
+        path = storage.join(storage.parent(self.path), EMPTY_CONTEXT)
+        data = storage.read_bytes(path)
+        if hashlib.sha256(data).hexdigest() != self.provenance.text.empty_sha256:
+            raise DataError(f"{path}: differs from what {self.path} records; make or copy it again")
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
-def read_index(path: str) -> ShardIndex:
-    """Read an index. Raises ``MissingInputError`` with how to make one, ``DataError`` where it is damaged."""
+
+def read_index(path: str, key: str = "data.index") -> ShardIndex:
+    """Read an index. key: of the configuration, that names it.
+
+    Raises ``MissingInputError`` with how to make one, ``DataError`` where it is damaged.
+    """
     if not storage.exists(path):
         raise MissingInputError(
-            f"data.index {path}: no such file; make the shards first: "
-            "python -m data_tools.precompute_latents --config YOUR_CONFIG.yaml"
+            f"{key} {path}: no such file; make the shards first: "
+            "python -m data_tools.precompute_latents --config YOUR_CONFIG.yaml (data_tools.precompute_text for images "
+            "with captions, data_tools.pack_images for pixels)"
         )
     data = storage.read_bytes(path)
     try:
@@ -170,11 +215,11 @@ def read_index(path: str) -> ShardIndex:
         records = tuple(ShardRecord(**record) for record in tree["shards"])
         provenance = tree["provenance"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data.index {path}: damaged ({error}); make the shards again") from None
+        raise DataError(f"{key} {path}: damaged ({error}); make the shards again") from None
     index = ShardIndex(path, Provenance.from_dict(provenance, path), records, hashlib.sha256(data).hexdigest())
     if sum(index.counts) != index.provenance.samples:
         raise DataError(
-            f"data.index {path}: its shards hold {sum(index.counts)} samples, its provenance says "
+            f"{key} {path}: its shards hold {sum(index.counts)} samples, its provenance says "
             f"{index.provenance.samples}; make the shards again"
         )
     return index
@@ -190,11 +235,11 @@ def check_shards_present(index: ShardIndex) -> None:
         for r in index.shards
         if found.get(r.name) != r.size
     ]
-    rows = [r.name.removesuffix(".tar") + ".rows.npy" for r in index.shards]
-    wrong += [f"{storage.join(directory, name)}: missing" for name in rows if name not in found]
+    tables = [name for record in index.shards for name in record.tables]
+    wrong += [f"{storage.join(directory, name)}: missing" for name in tables if name not in found]
     if wrong:
         shown = "\n  ".join(wrong[:20])
         raise DataError(
             f"{len(wrong)} file(s) of {len(index.shards)} shards are not as {index.path} says:\n  {shown}\n"
-            "Delete these and make them again with data_tools.precompute_latents, or copy them again."
+            "Delete these and make them again with the command that made the others, or copy them again."
         )

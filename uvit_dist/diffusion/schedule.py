@@ -30,7 +30,19 @@ class Schedule(ABC):
 
     @abstractmethod
     def alpha_sigma(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma), (B,) each, at the times (B,) that training draws: n in 1…N or t in [0, 1]."""
+        """(alpha, sigma), (B,) each, at the times (B,) that training draws: n in 1…N or t in [0, 1)."""
+
+    @abstractmethod
+    def training_time(self, words: Tensor) -> Tensor:
+        """The times that training draws from uniform 32-bit words: n in 1…N or t in [0, 1). (B,) int64 → (B,)."""
+
+    @abstractmethod
+    def training_timesteps(self, time: Tensor) -> Tensor:
+        """What the network is given as `timesteps` at such times, (B,) → (B,)."""
+
+    @abstractmethod
+    def elapsed(self, time: Tensor) -> Tensor:
+        """How far along the time axis such times lie, in [0, 1). (B,) → (B,) floating."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """alpha(t), the scale of the data in x_t. Shape and dtype of t."""
@@ -103,6 +115,18 @@ class DiscreteSchedule(Schedule):
         sigmas = self._table("sigma", time.device, torch.float64)
         return alphas[time], sigmas[time]
 
+    def training_time(self, words: Tensor) -> Tensor:
+        """n uniform in 1…N, bias below N/2^32. words: (B,) int64 in 0…2^32-1. Returns (B,) int64."""
+        return 1 + ((words * self.num_timesteps) >> 32)
+
+    def training_timesteps(self, time: Tensor) -> Tensor:
+        """n itself. time: n in 1…N, (B,) int64; the same comes back."""
+        return time
+
+    def elapsed(self, time: Tensor) -> Tensor:
+        """(n − 1)/N. time: n in 1…N, (B,) int64. Returns (B,) float32."""
+        return (time - 1).float() / self.num_timesteps
+
 
 @dataclass(frozen=True)
 class VPSDESchedule(Schedule):
@@ -132,3 +156,19 @@ class VPSDESchedule(Schedule):
     def alpha_sigma(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t). time: t in [0, 1], (B,) floating; (B,) each, in its dtype."""
         return self.alpha(time), self.sigma(time)
+
+    def training_time(self, words: Tensor) -> Tensor:
+        """t uniform in [0, 1), of 24 bits, with no cut-off at 0. words: (B,) int64. Returns (B,) float32."""
+        return (words >> 8).float() * 2.0**-24
+
+    def training_timesteps(self, time: Tensor) -> Tensor:
+        """t·999. time: (B,) floating; the same comes back."""
+        return self.network_time(time)
+
+    def elapsed(self, time: Tensor) -> Tensor:
+        """t. time: (B,) floating; the same comes back."""
+        return time
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"discrete_sd": DiscreteSchedule, "vpsde": VPSDESchedule}
+"""Schedules by their names in the configuration."""

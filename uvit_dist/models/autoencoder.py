@@ -10,8 +10,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.models.frozen import true_fp32
 
 StateDict = dict[str, torch.Tensor]
 
@@ -53,7 +53,7 @@ class Autoencoder(nn.Module):
 
         images: (B, 3, H, W) in [-1, 1]. Returns (B, 2C, H/factor, W/factor).
         """
-        with torch.autocast(images.device.type, enabled=False), _true_fp32():
+        with torch.autocast(images.device.type, enabled=False), true_fp32():
             hidden = self.vae.encoder(images.float())
             return hidden if self.vae.quant_conv is None else self.vae.quant_conv(hidden)
 
@@ -155,20 +155,6 @@ def encoder_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _true_fp32() -> Iterator[None]:
-    """Convolutions and products in IEEE fp32 on GPUs, where cuDNN's default is TF32."""
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 def _module_names(levels: int, resnets: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 Extractor = Callable[[Tensor], Tensor]
 
@@ -20,7 +20,16 @@ def digits_pixels_8x8(images: Tensor) -> Tensor:
     return avg_pool2d(grey, 4).flatten(1)
 
 
-EXTRACTORS: dict[str, Extractor] = {"digits_pixels_8x8": digits_pixels_8x8}
+def pixels_8x8(images: Tensor) -> Tensor:
+    """Colours in [-1, 1], averaged over boxes to 8x8 pixels: crude, but it needs no weights.
+
+    images: (B, 3, H, W) uint8, H and W multiples of 8. Returns (B, 192) float64.
+    """
+    return adaptive_avg_pool2d(images.to(torch.float64) / 127.5 - 1.0, 8).flatten(1)
+
+
+EXTRACTORS: dict[str, Extractor] = {"digits_pixels_8x8": digits_pixels_8x8, "pixels_8x8": pixels_8x8}
+"""The feature spaces that need no weights, by name."""
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,0 +1,141 @@
+"""Inception features: equal to pytorch-fid's own network on the same weights; the file's hash; errors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import pytorch_fid.inception
+import torch
+import torchvision
+from pytorch_fid.inception import InceptionV3
+
+from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.models.inception import FEATURES, Inception, load_inception
+
+StateDict = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def weights() -> StateDict:
+    """Random weights under pytorch-fid's own names, scaled so that activations neither vanish nor explode.
+
+    Some layers lack num_batches_tracked, as files of old versions of torch do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torchvision.models.Inception3, "load_state_dict", lambda *_: None)
+        names = pytorch_fid.inception.fid_inception_v3().state_dict()
+    drawn = torch.Generator().manual_seed(0)
+    for name, value in names.items():
+        if value.ndim == 4:
+            value.normal_(std=(2 / value[0].numel()) ** 0.5, generator=drawn)
+        elif name.endswith("running_var"):
+            value.uniform_(0.5, 1.5, generator=drawn)
+        elif name.endswith(("bn.bias", "running_mean")):
+            value.normal_(std=0.2, generator=drawn)
+    return {
+        name: value for name, value in names.items() if not name.startswith("Mixed_7c") or "num_batches" not in name
+    }
+
+
+@pytest.fixture(scope="module")
+def theirs(weights: StateDict) -> InceptionV3:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: weights)
+        return InceptionV3([3]).eval()
+
+
+@pytest.fixture(scope="module")
+def file(weights: StateDict, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(weights, path)
+    with path.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    path = path.rename(path.with_name(f"random-2015-12-05-{digest[:8]}.pth"))
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def ours(file: Path) -> Inception:
+    return load_inception(file)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    drawn = torch.Generator().manual_seed(1)
+    noise = torch.randint(0, 256, (3, 3, 40, 32), generator=drawn, dtype=torch.uint8)
+    noise[1] //= 4
+    noise[2, :, 20:] = 255
+    return noise
+
+
+def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_features_are_pytorch_fids(ours: Inception, theirs: InceptionV3, images: torch.Tensor) -> None:
+    features = ours.features(images)
+    expected = theirs(images.float() / 255)[0].flatten(1).double()
+    assert (features.shape, features.dtype) == ((3, FEATURES), torch.float64)
+    assert relative_difference(features, expected) < 1e-5
+    assert relative_difference(features[0], features[1]) > 0.01
+    assert relative_difference(features[0], features[2]) > 0.01
+
+
+def test_torchvisions_own_blocks_would_differ(ours: Inception, weights: StateDict, images: torch.Tensor) -> None:
+    network = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    network.load_state_dict(weights)
+    network.fc = torch.nn.Identity()
+    assert relative_difference(Inception(network.eval()).features(images[:1]), ours.features(images[:1])) > 1e-3
+
+
+def test_frozen_and_fp32_under_autocast(ours: Inception, images: torch.Tensor) -> None:
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = ours.features(images[:1])
+    assert torch.equal(features, ours.features(images[:1]))
+    assert not features.requires_grad
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    assert torch.backends.cudnn.conv.fp32_precision == precision  # type: ignore[attr-defined]
+
+
+def test_nothing_is_downloaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    load_inception(str(file))
+
+
+def test_floats_are_refused(ours: Inception) -> None:
+    with pytest.raises(TypeError, match=r"images of torch\.float32: must be uint8"):
+        ours.features(torch.zeros(1, 3, 8, 8))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pth", tmp_path):
+        with pytest.raises(MissingInputError, match=r"evaluate\.inception.*6726825d\.pth \(about 91 MB\).*fid_weights"):
+            load_inception(path)
+
+
+def test_hash_in_the_name_is_checked(file: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    wrong.symlink_to(file)
+    with pytest.raises(DataError, match=rf"SHA-256 begins with {file.stem[-8:]}, and by its name with 6726825d"):
+        load_inception(wrong)
+
+
+def test_wrong_contents(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"not a pickle")
+    with pytest.raises(DataError, match="not a file of plain tensors"):
+        load_inception(path)
+    torch.save({"fc.bias": torch.zeros(1008)}, path)
+    with pytest.raises(DataError, match=r"disagree \(Missing key"):
+        load_inception(path)

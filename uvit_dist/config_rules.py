@@ -1,0 +1,129 @@
+"""The rules between the sections of a configuration. Each takes the sections by name and gives (holds, message)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rule = tuple[bool, str]
+"""(whether it holds, what to say if not)"""
+
+
+def raise_broken(rules: Sequence[Rule]) -> None:
+    """Raises ``ValueError`` with the messages of all rules that do not hold, a line each."""
+    broken = [message for holds, message in rules if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
+def rules_between(sections: Mapping[str, Any]) -> list[Rule]:
+    """The rules that concern several sections, as (holds, message): those whose sections are all given."""
+    rules: list[Rule] = []
+    groups = (_space_rules, _label_rules, _sampling_rules, _precision_rules, _path_rules, _launch_rules)
+    for group in groups:
+        with contextlib.suppress(KeyError):
+            rules += group(sections)
+    return rules
+
+
+def _space_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    model, data, autoencoder = sections["model"], sections["data"], sections["autoencoder"]
+    pixels = data.space == "pixels"
+    return [
+        (
+            pixels == (autoencoder is None),
+            "autoencoder: data.space pixels has none" if pixels else "autoencoder: missing; latents need it",
+        ),
+        (
+            not pixels or (model.in_chans, model.img_size) == (3, data.image_size),
+            f"model.in_chans {model.in_chans} and model.img_size {model.img_size} must be 3 and data.image_size "
+            f"{data.image_size}, the shape of the pixels",
+        ),
+        (
+            (model.clip_dim is None) == (sections["text"] is None),
+            "text: missing; model.clip_dim needs it" if model.clip_dim else "text: needs model.clip_dim",
+        ),
+        (
+            model.clip_dim is None or data.format == "coco",
+            f"data.format {data.format} has no captions; model.clip_dim needs those of data.format coco",
+        ),
+    ]
+
+
+def _label_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    model, diffusion, sample = sections["model"], sections["diffusion"], sections["sample"]
+    null, last, text = diffusion.null_label, model.num_classes - 1, model.clip_dim is not None
+    return [
+        (
+            null is None or (null == last and null > 0),
+            f"diffusion.null_label {null} must be the last label, {last} = model.num_classes - 1"
+            if model.num_classes > 0
+            else f"diffusion.null_label {null}: the model has no labels (model.num_classes {model.num_classes})",
+        ),
+        (
+            diffusion.label_dropout == 0 or null is not None or text,
+            f"diffusion.label_dropout {diffusion.label_dropout} needs diffusion.null_label",
+        ),
+        (
+            sample.cfg_scale == 0 or null is not None or text,
+            f"sample.cfg_scale {sample.cfg_scale} needs diffusion.null_label",
+        ),
+    ]
+
+
+def _sampling_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    solver, schedule = sections["sample"].solver, sections["diffusion"].schedule
+    evaluate, model = sections["evaluate"], sections["model"]
+    return [
+        (
+            not solver.startswith("euler_maruyama") or schedule == "vpsde",
+            f"sample.solver {solver} needs diffusion.schedule vpsde, not {schedule}",
+        ),
+        (
+            evaluate.labels == "uniform" or model.num_classes > 0,
+            f"evaluate.labels {evaluate.labels}: the model has no labels (model.num_classes {model.num_classes})",
+        ),
+    ]
+
+
+def _precision_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    return [
+        (
+            sections["train"].precision != "bf16" or sections["zero"].stage > 0,
+            "train.precision bf16 needs zero.stage 1, 2 or 3, which keep its fp32 master weights",
+        ),
+    ]
+
+
+def _path_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    return [("://" not in sections["run_dir"], f"run_dir {sections['run_dir']} must be a local path, not a URL")]
+
+
+def _launch_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    launch = sections["launch"]
+    return [
+        (
+            launch.target != "local" or launch.nodes == 1,
+            f"launch.nodes {launch.nodes}: launch.target local is this machine alone; set launch.nodes 1",
+        ),
+        *batch_rules(sections["train"], sections["data"], launch.nodes * launch.processes_per_node),
+    ]
+
+
+def batch_rules(train: Any, data: Any, world_size: int) -> list[Rule]:
+    """The batch arithmetic as (holds, message): the batch over lanes, ranks and micro-batches."""
+    batch, micro, lanes = train.global_batch_size, train.micro_batch_size, data.lanes
+    divisors = [n for n in range(1, lanes + 1) if lanes % n == 0 and batch % (n * micro) == 0]
+    return [
+        (batch % lanes == 0, f"train.global_batch_size {batch} must be divisible by data.lanes {lanes}"),
+        (
+            lanes % world_size == 0,
+            f"launch: {world_size} ranks must divide data.lanes {lanes}; valid numbers of ranks: {divisors}",
+        ),
+        (
+            batch % (micro * world_size) == 0,
+            f"train.global_batch_size {batch} must be divisible by train.micro_batch_size x ranks "
+            f"= {micro} x {world_size} = {micro * world_size}",
+        ),
+    ]

@@ -1,0 +1,119 @@
+"""Images from a trained network: noise, label and caption of each are functions of (seed, image id)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uvit_dist import storage
+from uvit_dist.config import AutoencoderConfig, Config
+from uvit_dist.data.loader import BlockReader
+from uvit_dist.data.plan import held_out_ids
+from uvit_dist.data.shards import ShardIndex
+from uvit_dist.diffusion.guidance import NoisePredictor, noise_predictor
+from uvit_dist.diffusion.keyed_random import keyed_bits, keyed_normal
+from uvit_dist.diffusion.schedule import SCHEDULES, VPSDESchedule
+from uvit_dist.diffusion.solvers import dpm_solver, dpm_solver_pp, euler_maruyama
+from uvit_dist.models.autoencoder import Autoencoder, load_autoencoder
+from uvit_dist.models.features import to_uint8
+
+Condition = Mapping[str, Tensor]
+"""What the network is asked for: y (B,) int64 labels, or context (B, L, D) float32, or nothing."""
+
+
+def load_decoder(autoencoder: AutoencoderConfig | None) -> Autoencoder | None:
+    """The decoding autoencoder; none in pixel space. Raises ``MissingInputError``, ``DataError``."""
+    if autoencoder is None:
+        return None
+    path = storage.local_weights(autoencoder.decoder, autoencoder.decoder_sha256, "autoencoder.decoder")
+    return load_autoencoder(path)
+
+
+class Sampler:
+    """Generates images as the configuration's sample section says. empty_context: (L, D), for text systems."""
+
+    def __init__(
+        self, config: Config, net: nn.Module, decoder: Autoencoder | None, empty_context: Tensor | None = None
+    ) -> None:
+        self.config, self._net, self._decoder, self._empty = config, net, decoder, empty_context
+        self._schedule = SCHEDULES[config.diffusion.schedule]()
+
+    def _null(self, condition: Condition) -> Condition | None:
+        label = self.config.diffusion.null_label
+        if "y" in condition and label is not None:
+            return {"y": torch.full_like(condition["y"][:1], label)}
+        if "context" in condition and self._empty is not None:
+            return {"context": self._empty.to(condition["context"])[None]}
+        return None
+
+    @torch.inference_mode()
+    def generate(self, ids: Tensor, condition: Condition, seed: int) -> Tensor:
+        """The images of the given ids, (B,) int64, on the network's device. Returns (B, 3, H, W) uint8.
+
+        Their bits also depend on B, which is why B is a part of an evaluation's protocol.
+        """
+        model, sample = self.config.model, self.config.sample
+        shape = (model.in_chans, model.img_size, model.img_size)
+        x_T = keyed_normal(seed, "sample_noise", 0, ids, shape)
+        null = self._null(condition)
+        eps = noise_predictor(self._net, self._schedule.network_time, condition, null, sample.cfg_scale)
+        x0 = self._solve(eps, x_T, ids, seed)
+        if self._decoder is None or self.config.autoencoder is None:
+            return to_uint8(x0)
+        return to_uint8(self._decoder.decode(x0 / self.config.autoencoder.scale_factor))
+
+    def _solve(self, eps: NoisePredictor, x_T: Tensor, ids: Tensor, seed: int) -> Tensor:
+        solver, steps = self.config.sample.solver, self.config.sample.steps
+        if solver == "dpm_solver_pp":
+            return dpm_solver_pp(eps, self._schedule, x_T, steps)
+        if solver == "dpm_solver":
+            return dpm_solver(eps, self._schedule, x_T, steps)
+        assert isinstance(self._schedule, VPSDESchedule)
+
+        def noise(step: int, shape: torch.Size) -> Tensor:
+            return keyed_normal(seed, f"sampler_noise_{step}", 0, ids, tuple(shape[1:]))
+
+        return euler_maruyama(eps, self._schedule, x_T, steps, noise, ode=solver == "euler_maruyama_ode")
+
+
+class ImageConditions:
+    """What an evaluation asks for, image by image: labels even or by frequency, or captions of held-out samples."""
+
+    def __init__(self, config: Config, index: ShardIndex | None) -> None:
+        """index: of the training set, where labels go by frequency; of the captions, for a text system."""
+        self._seed, self._model = config.evaluate.seed, config.model
+        self._classes = config.model.num_classes - (config.diffusion.null_label is not None)
+        self._limits: Tensor | None = None
+        self._reader: BlockReader | None = None
+        if config.model.clip_dim is not None:
+            assert index is not None
+            self._reader = BlockReader(index, self._seed, "sample_caption")
+            self._order = held_out_ids(index.provenance.samples, index.provenance.samples, self._seed)
+        elif config.evaluate.labels == "frequency":
+            assert index is not None
+            counts = np.cumsum(index.provenance.class_counts)
+            self._limits = torch.from_numpy((counts[:-1] << 32) // counts[-1])  # in 32-bit words
+
+    def of(self, ids: Tensor) -> Condition:
+        """The conditions of the images of these ids, (B,) int64, on their device."""
+        if self._reader is not None:
+            places = self._order[ids.cpu().numpy() % len(self._order)]
+            contexts = self._reader.read_ids(places).contexts
+            assert contexts is not None
+            return {"context": contexts.to(ids.device).float()}
+        if self._model.num_classes <= 0:
+            return {}
+        words = keyed_bits(self._seed, "sample_label", 0, ids, 1)[:, 0]
+        if self._limits is None:
+            return {"y": (words * self._classes) >> 32}
+        return {"y": torch.searchsorted(self._limits.to(ids.device), words, right=True)}
+
+
+def labels_of(condition: Condition, count: int) -> Tensor:
+    """The labels asked for, (count,) int64 on the host; -1 where the network knows none."""
+    labels: Any = condition.get("y")
+    return torch.full((count,), -1) if labels is None else labels.cpu()
