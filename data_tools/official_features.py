@@ -6,9 +6,11 @@ their k-th caption, ``empty_context.npy`` that of the empty prompt, beside them 
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import re
+from collections.abc import Collection
 from typing import IO, Any
 
 import numpy as np
@@ -21,15 +23,23 @@ _REMEDY = "copy the whole folder again"
 _DAMAGED = (pickle.UnpicklingError, ValueError, TypeError, EOFError, LookupError, AttributeError, MemoryError)
 
 
+_MAKE_ARRAY, _MAKE_SCALAR = np.empty(0).__reduce__()[0], np.int64(0).__reduce__()[0]
+_ALLOWED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _MAKE_ARRAY for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _MAKE_SCALAR for core in ("core", "_core")},
+}
+"""All that a pickle may name: what makes arrays and their elements, in numpy 1 and 2."""
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles numpy's arrays and scalars; anything else that a pickle could call is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        package = module.replace("numpy.core", "numpy._core", 1)
-        if (package, name) in (("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar")):
-            return getattr(np._core.multiarray, name)
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+        """What a pickle names. Raises ``UnpicklingError`` for what is not in _ALLOWED."""
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an array")
 
 
@@ -83,26 +93,32 @@ class FeatureFolder:
                     contexts.setdefault(int(match[1]), set()).add(int(match[2]))
         if not numbers:
             raise MissingInputError(f"--features {root}: no 0.npy, 1.npy …; give the folder of the official .npy files")
-        self._check(_missing(numbers), "")
+        self._require_all(numbers, "{}")
         if (context_shape is not None) != bool(contexts):
             found = "holds contexts of captions" if contexts else "holds no contexts of captions"
             need = "model.clip_dim needs them" if context_shape else "without model.clip_dim there are labels instead"
             raise DataError(f"--features {root}: {found}, and {need}; give the right folder, or correct model.clip_dim")
         self.captions = [len(contexts.get(number, ())) for number in range(len(numbers))]
         if contexts:
-            incomplete = [f"{number}_0" for number, count in enumerate(self.captions) if not count]
+            self._check([f"{number}_0" for number, count in enumerate(self.captions) if not count])
+            self._check(list(map(str, sorted(contexts.keys() - numbers))))
             for number, found_ones in contexts.items():
-                incomplete += [f"{number}_{k}" for k in _missing(found_ones)]
-            incomplete += [str(number) for number in sorted(contexts.keys() - numbers)]
-            self._check(incomplete, " (of captions)")
+                self._require_all(found_ones, f"{number}_{{}}")
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def _check(self, missing: list[Any], what: str) -> None:
+    def _require_all(self, numbers: Collection[int], name: str) -> None:
+        """0 … the largest."""
+        lacking = max(numbers) + 1 - len(numbers)
+        gaps = (name.format(number) for number in itertools.count() if number not in numbers)
+        self._check(list(itertools.islice(gaps, min(lacking, 3))), lacking)
+
+    def _check(self, missing: list[str], count: int | None = None) -> None:
         if missing:
             names = ", ".join(f"{name}.npy" for name in missing[:3])
-            raise DataError(f"--features {self.root}: {len(missing)} files{what} are missing ({names}…); {_REMEDY}")
+            count = len(missing) if count is None else count
+            raise DataError(f"--features {self.root}: {count} files are missing (the first: {names}); {_REMEDY}")
 
     def moments_and_label(self, number: int) -> tuple[NDArray[np.float32], int]:
         """Moments (2C, H, W) float32 and the label of an ImageNet sample. Raises ``DataError``."""
@@ -145,8 +161,3 @@ class FeatureFolder:
                 "resolution, or correct the configuration"
             )
         return array
-
-
-def _missing(numbers: set[int]) -> list[int]:
-    """What lacks of 0 … the largest."""
-    return [number for number in range(max(numbers) + 1) if number not in numbers] if numbers else []

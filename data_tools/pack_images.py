@@ -2,8 +2,8 @@
 
     python -m data_tools.pack_images --config YOUR_CONFIG.yaml
 
-Images are stored as they are, never mirrored: with data.mirror they are mirrored at random as they are read. Shards that
-an earlier run finished are kept.
+Images are stored as they are, never mirrored: with data.mirror they are mirrored at random as they are read.
+Shards that an earlier run finished are kept.
 """
 
 from __future__ import annotations

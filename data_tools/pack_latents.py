@@ -2,9 +2,9 @@
 
     python -m data_tools.pack_latents --config YOUR_CONFIG.yaml --features assets/datasets/imagenet256_features
 
-With data.mirror the folder holds mirror images: batches of originals (--mirrored-batches of them, the last one smaller),
-each followed by its mirror images, as the official extraction of ImageNet writes them. The configuration says what
-encoder made the features: its file is hashed where it is at hand, else autoencoder.encoder_fingerprint is taken.
+With data.mirror the folder holds mirror images: batches of --mirrored-batches originals, the last one smaller, each
+followed by its mirror images, as the official extraction of ImageNet writes them. The configuration says what encoder
+made the features: its file is hashed where it is at hand, else autoencoder.encoder_fingerprint is taken.
 Shards that an earlier run finished are kept.
 """
 
@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data_tools.images import Item
 from data_tools.official_features import FeatureFolder
+from data_tools.precompute_latents import open_encoder
 from data_tools.precompute_text import write_empty_context
 from data_tools.shard_job import as_stored, command_line, make_shards, sample_key
 from uvit_dist import storage
@@ -27,7 +29,6 @@ from uvit_dist.config import Config
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance
 from uvit_dist.data.shards import ShardRecord
 from uvit_dist.errors import ConfigError, DataError
-from uvit_dist.models.autoencoder import load_autoencoder
 from uvit_dist.models.text import load_text_encoder
 
 MIRRORED_BATCH = 256
@@ -42,32 +43,28 @@ def file_number(item: Item, images: int, batch: int) -> int:
     return before + number + mirrored * min(batch, images - before)
 
 
-def encoder_fingerprint(config: Config, given: str | None) -> str:
-    """The hash of the encoder: of its file where it is at hand, or as given, on the command line or in the configuration.
+def encoder_fingerprint(config: Config) -> str:
+    """The hash of the encoder that made the features: of its file where it is at hand, else as configured.
 
     Raises ``ConfigError`` where there is none, or they differ.
     """
     assert config.autoencoder is not None
     section = config.autoencoder
-    given = given or section.encoder_fingerprint
-    if not storage.is_remote(section.encoder) and not os.path.exists(section.encoder):
-        if given is None:
-            raise ConfigError(
-                f"autoencoder.encoder {section.encoder}: no such file, so what made the features is unknown; give the "
-                "file, or its hash as autoencoder.encoder_fingerprint"
-            )
-        return given
-    path = storage.local_weights(section.encoder, section.encoder_sha256, "autoencoder.encoder")
-    found = load_autoencoder(path).encoder_fingerprint
-    if given is not None and given != found:
+    if _at_hand(section.encoder):
+        return open_encoder(config, torch.device("cpu")).encoder_fingerprint
+    if section.encoder_fingerprint is None:
         raise ConfigError(
-            f"autoencoder.encoder {section.encoder}: its hash is {found}, autoencoder.encoder_fingerprint (or "
-            f"--encoder-fingerprint) says {given}; leave out the wrong one"
+            f"autoencoder.encoder {section.encoder}: no such file, so what made the features is unknown; give the "
+            "file, or its hash as autoencoder.encoder_fingerprint"
         )
-    return found
+    return section.encoder_fingerprint
 
 
-def pack(config: Config, features: str, mirrored_batch: int, fingerprint: str | None = None) -> list[ShardRecord]:
+def _at_hand(path: str) -> bool:
+    return storage.is_remote(path) or os.path.exists(path)
+
+
+def pack(config: Config, features: str, mirrored_batch: int) -> list[ShardRecord]:
     """Write all shards that are missing, then the index. Raises ``UserError`` of the right kind."""
     data, model = config.data, config.model
     if data.space == "pixels" or config.autoencoder is None:
@@ -78,7 +75,7 @@ def pack(config: Config, features: str, mirrored_batch: int, fingerprint: str | 
             if config.text is not None
             else f"--mirrored-batches {mirrored_batch}: must be at least 1; leave it out for {MIRRORED_BATCH}"
         )
-    made_by = encoder_fingerprint(config, fingerprint)
+    made_by = encoder_fingerprint(config)
     context_shape = None if model.clip_dim is None else (model.num_clip_token, model.clip_dim)
     folder = FeatureFolder(features, (2 * model.in_chans, model.img_size, model.img_size), context_shape)
     images, rest = divmod(len(folder), 1 + data.mirror)
@@ -124,17 +121,18 @@ def _reader(
 
     def read(item: Item) -> Sample:
         number = file_number(item, len(keys), batch)
-        what = f"{folder.root}/{number}.npy: moments"
+        path = f"{folder.root}/{number}"
+        what = f"{path}.npy: moments"
         if folder.context_shape is not None:
             contexts = as_stored(
-                folder.contexts(number), data.contexts_dtype, f"{what}: contexts", "data.contexts_dtype"
+                folder.contexts(number), data.contexts_dtype, f"{path}_*.npy: contexts", "data.contexts_dtype"
             )
             moments = as_stored(folder.moments(number), data.moments_dtype, what, "data.moments_dtype")
             return Sample(sample_key(keys, item), -1, moments, [""] * len(contexts), contexts)
         raw, label = folder.moments_and_label(number)
         if classes and not 0 <= label < classes:
             raise DataError(
-                f"{folder.root}/{number}.npy: label {label}, and model.num_classes {config.model.num_classes} leaves "
+                f"{path}.npy: label {label}, and model.num_classes {config.model.num_classes} leaves "
                 f"{classes} classes; correct model.num_classes or diffusion.null_label"
             )
         moments = as_stored(raw, data.moments_dtype, what, "data.moments_dtype")
@@ -151,15 +149,15 @@ def check_pairs(folder: FeatureFolder, images: int, mirrored_batch: int) -> None
         if labels[0] != labels[1]:
             raise DataError(
                 f"--features {folder.root}: {pair[0]}.npy and {pair[1]}.npy should be an image and its mirror image, "
-                f"and their labels are {labels[0]} and {labels[1]}; correct --mirrored-batches {mirrored_batch}, or set "
-                "data.mirror false if the folder holds no mirror images"
+                f"and their labels are {labels[0]} and {labels[1]}; correct --mirrored-batches {mirrored_batch}, or "
+                "set data.mirror false if the folder holds no mirror images"
             )
 
 
 def _text_provenance(config: Config, folder: FeatureFolder) -> TextProvenance:
     assert config.text is not None
     section, fingerprint = config.text, UNKNOWN
-    if storage.is_remote(section.encoder) or os.path.exists(section.encoder):
+    if _at_hand(section.encoder):
         path = storage.local_weights(section.encoder, section.encoder_sha256, "text.encoder")
         fingerprint = load_text_encoder(path).fingerprint
     dtype = config.data.contexts_dtype
@@ -178,13 +176,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder-fingerprint", metavar="HEX", help="instead of autoencoder.encoder_fingerprint")
 
 
+def _make(config: Config, args: argparse.Namespace) -> list[ShardRecord]:
+    if config.autoencoder is not None and args.encoder_fingerprint:
+        section = config.autoencoder.model_copy(update={"encoder_fingerprint": args.encoder_fingerprint})
+        config = config.model_copy(update={"autoencoder": section})
+    return pack(config, args.features, args.mirrored_batches)
+
+
 def main() -> None:
     """The command line."""
-    command_line(
-        __doc__,
-        lambda config, args: pack(config, args.features, args.mirrored_batches, args.encoder_fingerprint),
-        _add_arguments,
-    )
+    command_line(__doc__, _make, _add_arguments)
 
 
 if __name__ == "__main__":

@@ -62,11 +62,17 @@ def encode(
 
 
 def open_encoder(config: Config, device: torch.device) -> Autoencoder:
-    """The encoding autoencoder. Raises ``UserError`` of the right kind."""
+    """The encoding autoencoder. Raises ``MissingInputError``, ``DataError``, ``ConfigError`` where it does not fit."""
     assert config.autoencoder is not None
     section = config.autoencoder
     path = storage.local_weights(section.encoder, section.encoder_sha256, "autoencoder.encoder")
     autoencoder = load_autoencoder(path).to(device)
+    found = autoencoder.encoder_fingerprint
+    if section.encoder_fingerprint not in (None, found):
+        raise ConfigError(
+            f"autoencoder.encoder {section.encoder}: its hash is {found}, autoencoder.encoder_fingerprint says "
+            f"{section.encoder_fingerprint}; correct one of them"
+        )
     if config.data.image_size % autoencoder.factor:
         raise ConfigError(
             f"data.image_size {config.data.image_size} must be divisible by the autoencoder's factor "

@@ -116,9 +116,7 @@ def folder_source(data: DataConfig) -> FileSource:
             )
         return FileSource(data, loose, [-1] * len(loose), 0)
     if loose or empty:
-        wrong = (
-            f"{loose[0]} and {len(loose) - 1} more images lie beside" if loose else f"no image in {empty[0]}, one of"
-        )
+        wrong = f"{len(loose)} images (as {loose[0]}) lie beside" if loose else f"no image in {empty[0]}, one of"
         raise DataError(
             f"data.source {root}: {wrong} the folders of classes; labels would be in doubt: give a folder that holds "
             "images alone, or folders of images alone"

@@ -6,4 +6,5 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import uvit_dist.evaluate
+import uvit_dist.sample
 import uvit_dist.train  # noqa: F401

@@ -76,7 +76,7 @@ def from_official(source: Path, config: Config, out: Path | None) -> str:
         return f"{out}: EMA weights of step {step}"
     if source.is_file():
         raise UserError(
-            f"{source}: a file holds the weights alone, without which no run goes on; write them with --out"
+            f"{source}: a file holds weights alone, a run goes on with the optimizer's state too; write it with --out"
         )
     return f"{import_checkpoint(source, config)}: committed; uvit_dist.launch goes on from there"
 
@@ -173,8 +173,8 @@ def import_checkpoint(source: Path, config: Config) -> Path:
 
     Raises ``MissingInputError``, ``DataError``, and ``OutputError`` where the run has checkpoints already.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from uvit_dist.train import must_agree  # it brings DeepSpeed, which takes seconds
+    _prepare_deepspeed()
+    from uvit_dist.train import must_agree
 
     step = _read_step(source)
     index = read_index(config.data.index)
@@ -217,7 +217,7 @@ def _read_moments(path: Path, masters: Mapping[str, Tensor], step: int, config: 
     saved = read_plain(path)
     try:
         (group,) = saved["param_groups"]
-        entries = [saved["state"].get(number, {}) for number in group["params"]]
+        entries = [dict(saved["state"].get(number, {})) for number in group["params"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: no AdamW state of one group ({error!r}); give another checkpoint") from None
     if step == 0 and not saved["state"]:  # before its first update AdamW has no state
@@ -226,7 +226,8 @@ def _read_moments(path: Path, masters: Mapping[str, Tensor], step: int, config: 
     wrong = [] if len(entries) == len(shapes) else [f"{len(entries)} parameters there, {len(shapes)} in nnet.pth"]
     found = {}
     for kind in MOMENTS:
-        found[kind] = {name: entry[kind].float() for name, entry in zip(shapes, entries, strict=False) if kind in entry}
+        pairs = zip(shapes, (entry.get(kind) for entry in entries), strict=False)
+        found[kind] = {name: value.float() for name, value in pairs if isinstance(value, Tensor)}
         wrong += [f"{kind} of {line}" for line in differences(found[kind], shapes)]
     if wrong:
         raise DataError(
@@ -275,7 +276,11 @@ def export_checkpoint(source: Path, out: Path) -> int:
     if source.is_file():
         raise DataError(f"{source}: holds weights alone; a .ckpt needs a run or checkpoint, or write a .pth file")
     reader = checkpoint.CheckpointReader(find_checkpoint(source))
-    manifest, origin = reader.manifest, str(reader.directory)
+    manifest = reader.manifest
+
+    def full(kind: str) -> dict[str, Tensor]:
+        return checked_network(reader.full(kind), manifest["config"]["model"], str(reader.directory))
+
     if out.exists():
         raise OutputError(f"{out}: is there already; remove it, or write to another place")
     storage.make_directory(str(out.parent))
@@ -283,9 +288,9 @@ def export_checkpoint(source: Path, out: Path) -> int:
     temporary = out.with_name(f".{out.stem}.tmp-{uuid.uuid4().hex}")
     try:
         for kind, name in FILE_OF_KIND.items():
-            _save(checked_network(reader.full(kind), manifest["config"]["model"], origin), temporary / name)
+            _save(full(kind), temporary / name)
         optimizer, scheduler = official_optimizer(
-            [reader.full(kind) for kind in MOMENTS], manifest["step"], manifest["config"]["optimizer"]
+            [full(kind) for kind in MOMENTS], manifest["step"], manifest["config"]["optimizer"]
         )
         _save(optimizer, temporary / "optimizer.pth")
         _save(scheduler, temporary / "lr_scheduler.pth")
@@ -306,7 +311,8 @@ def official_optimizer(
 
     moments: both, by key in the official order, in the parameters' shapes; settings: the optimizer section, dumped.
     """
-    from uvit_dist.engine import learning_rate  # it brings DeepSpeed, which takes seconds
+    _prepare_deepspeed()
+    from uvit_dist.engine import learning_rate
 
     first, second = moments
     rate = learning_rate(step, settings["lr"], settings["warmup_steps"])
@@ -325,6 +331,11 @@ def official_optimizer(
     }
     passed = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate]}
     return {"state": state, "param_groups": [{**group, "lr": rate}]}, {**scheduler.state_dict(), **passed}
+
+
+def _prepare_deepspeed() -> None:
+    """Before what imports DeepSpeed, which takes seconds: weights alone are converted without it."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _save(value: Any, path: Path) -> None:

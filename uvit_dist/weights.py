@@ -71,7 +71,8 @@ def find_checkpoint(path: str | Path, verify: str = "hash") -> Path:
         raise MissingInputError(f"{path}: no such file or directory; give a run directory, a checkpoint or an export")
     if (path / "nnet_ema.pth").exists():
         raise DataError(f"{path}: a checkpoint of the official code; convert it first: {FROM_OFFICIAL}")
-    if path.parent.name == "checkpoints" or (path / checkpoint.MANIFEST).exists():
+    in_a_run = path.parent.name == "checkpoints" and path.name.startswith("step-")
+    if in_a_run or (path / checkpoint.MANIFEST).exists():
         reason = checkpoint.defect(path, verify)
         if reason is not None:
             raise CheckpointError(f"{path}: not a whole checkpoint: {reason}; give another, or bring back a copy")

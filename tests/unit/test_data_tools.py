@@ -1,4 +1,4 @@
-"""Sources, crops (golden/crops.npz), pixels as stored (golden/to_uint8.npz), and the precompute job on folders."""
+"""Crops (golden/crops.npz), pixels as stored (golden/to_uint8.npz), and the jobs that make latents and references."""
 
 import json
 import subprocess
@@ -10,23 +10,30 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools.images import FolderSource, adm_crop, open_source
-from data_tools.precompute_latents import plan_shards, precompute
+from data_tools.fid_reference import make_reference
+from data_tools.images import adm_crop, coco_crop
+from data_tools.precompute_latents import precompute
+from data_tools.shard_job import plan_shards
+from data_tools.sources import open_source
 from tests.golden_values import GOLDEN
 from tests.tiny import DEMO, ROOT, tiny_config
+from uvit_dist.config import DataConfig
 from uvit_dist.data.shards import read_index
-from uvit_dist.errors import ConfigError, DataError, MissingInputError
+from uvit_dist.errors import ConfigError, DataError
 from uvit_dist.models.features import digits_pixels_8x8, to_uint8
 
 CROPS = np.load(GOLDEN / "crops.npz")
 
 
 @pytest.mark.parametrize("case", [0, 1, 2, 3])
-def test_adm_crop_is_the_official_one(case):
-    crop = adm_crop(Image.fromarray(CROPS[f"image{case}"]), int(CROPS[f"size{case}"]))
+@pytest.mark.parametrize(("crop", "name"), [(adm_crop, "imagenet_crop"), (coco_crop, "coco_crop")])
+def test_crops_are_the_official_ones_of_crops_npz(crop, name, case):
+    pixels = crop(Image.fromarray(CROPS[f"image{case}"]), int(CROPS[f"size{case}"]))
     same_pillow = PIL.__version__.split(".")[0] == str(CROPS["pillow_version"]).split(".")[0]
-    difference = np.abs(crop.astype(int) - CROPS[f"imagenet_crop{case}"].astype(int)).max()
+    difference = np.abs(pixels.astype(int) - CROPS[f"{name}{case}"].astype(int)).max()
     assert difference <= (0 if same_pillow else 1)
+    flipped = crop(Image.fromarray(CROPS[f"image{case}"][::-1]), int(CROPS[f"size{case}"]))
+    assert np.abs(flipped.astype(int) - CROPS[f"{name}{case}"].astype(int)).max() > 1, "the control"
 
 
 def test_uint8_is_what_an_image_writer_stores():
@@ -37,13 +44,14 @@ def test_uint8_is_what_an_image_writer_stores():
 def test_digits_features_are_the_digits():
     from sklearn.datasets import load_digits
 
-    source = open_source("digits", 32, "none")
+    data = DataConfig(format="digits", image_size=32, crop="none", index="unused", lanes=1)
+    source = open_source(data)
     images = torch.from_numpy(np.stack([source.load(i) for i in range(50)])).permute(0, 3, 1, 2)
     expected = load_digits().images[:50].reshape(50, 64) / 8.0 - 1.0
     assert np.abs(digits_pixels_8x8(images).numpy() - expected).max() < 0.1
     assert source.labels[:10] == list(range(10))
-    with pytest.raises(DataError, match=r"images of 32 pixels; set data\.image_size 32 \(now 64\)"):
-        open_source("digits", 64, "none")
+    with pytest.raises(ConfigError, match=r"images of 32 pixels; set data\.image_size 32 \(now 64\)"):
+        open_source(data.model_copy(update={"image_size": 64}))
 
 
 def test_a_mirror_image_never_meets_its_original_and_every_image_is_there_once():
@@ -69,8 +77,9 @@ def folder(tmp_path):
 
 def folder_config(folder, tmp_path, *more):
     data = tmp_path / "latents"
-    return tiny_config(data, tmp_path / "run", f"data.source={folder}", "data.crop=adm", "data.mirror=true",
-                       "data.samples_per_shard=4", "model.num_classes=3", "diffusion.null_label=2", *more)  # fmt: skip
+    return tiny_config(data, tmp_path / "run", "data.format=folder", f"data.source={folder}", "data.crop=adm",
+                       "data.mirror=true", "data.samples_per_shard=4", "model.num_classes=3",
+                       "diffusion.null_label=2", *more)  # fmt: skip
 
 
 def test_a_folder_becomes_shards_and_a_restart_keeps_what_is_done(folder, tmp_path):
@@ -79,7 +88,10 @@ def test_a_folder_becomes_shards_and_a_restart_keeps_what_is_done(folder, tmp_pa
     precompute(config, 4, device)
     index = read_index(config.data.index)
     assert (index.provenance.samples, sum(index.counts), index.provenance.classes) == (18, 18, 2)
-    assert index.provenance.moments_shape == (8, 8, 8)
+    made = index.provenance
+    assert (made.kind, made.dtype, made.shape, made.class_counts) == ("moments", "float16", (8, 8, 8), (8, 10))
+    labels = np.concatenate([index.rows(shard)["label"] for shard in range(len(index.shards))])
+    assert np.bincount(labels).tolist() == [8, 10]
     directory = tmp_path / "latents"
     whole = {path.name: path.read_bytes() for path in directory.iterdir()}
     assert b"n01/pic_0_m.npy" in b"".join(whole.values()), "a mirrored image by its key"
@@ -87,6 +99,7 @@ def test_a_folder_becomes_shards_and_a_restart_keeps_what_is_done(folder, tmp_pa
     for name in ("index.json", "latents-000001.json"):
         (directory / name).unlink()
     (directory / "latents-000003.tar").write_bytes(b"damaged")
+    (directory / "latents-000002.rows.npy").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     precompute(config, 4, device)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == whole
@@ -97,28 +110,26 @@ def test_a_folder_becomes_shards_and_a_restart_keeps_what_is_done(folder, tmp_pa
     assert sum(other.counts) == 18, "shards of another cut are not taken for finished"
 
 
-def test_labels_are_the_sorted_folders(folder):
-    source = FolderSource(str(folder), 32, "adm")
-    assert (source.keys[0], source.labels[0], source.classes) == ("n01/pic_0", 0, 2)
-    assert source.labels == [0] * 4 + [1] * 5
-
-
-def test_what_is_wrong_with_images_is_said(folder, tmp_path):
-    with pytest.raises(MissingInputError, match=r"data\.source .*nowhere: no such folder"):
-        open_source(str(tmp_path / "nowhere"), 32, "adm")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingInputError, match=r"no images \(\.bmp, \.jpeg"):
-        open_source(str(tmp_path / "empty"), 32, "adm")
-    with pytest.raises(DataError, match=r"pic\.0\.png: 70x40 pixels, data\.image_size is 32; set data\.crop: adm"):
-        FolderSource(str(folder), 32, "none").load(0)
+def test_a_configuration_for_another_command_is_refused(folder, tmp_path):
+    pixels = ["data.space=pixels", "autoencoder=null", "model.in_chans=3", "model.img_size=32"]
+    text = ["model.num_classes=-1", "diffusion.null_label=null", "model.clip_dim=64", "text={encoder: nowhere}",
+            "data.format=coco", "data.captions=nowhere", "sample.cfg_scale=1.0"]  # fmt: skip
+    for changes, remedy in ((pixels, "use data_tools.pack_images"), (text, "use data_tools.precompute_text")):
+        with pytest.raises(ConfigError, match=f"not for data_tools.precompute_latents; {remedy}"):
+            precompute(folder_config(folder, tmp_path, *changes), 4, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"data\.image_size 34 must be divisible by the autoencoder's factor 4"):
         precompute(folder_config(folder, tmp_path, "data.image_size=34"), 4, torch.device("cpu"))
-    (folder / "n01" / "pic.0.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"pic\.0\.png: cannot be read as an image"):
-        FolderSource(str(folder), 32, "adm").load(0)
-    (folder / "n01" / "pic_0.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"their keys would be the same \(n01/pic_0\); rename one"):
-        FolderSource(str(folder), 32, "adm")
+
+
+def test_a_reference_of_images_without_labels_has_no_accuracy(folder, tmp_path):
+    config = folder_config(folder, tmp_path, "evaluate.neighbours=1")
+    labelled = make_reference(config)
+    assert labelled["labels"].tolist().count(0) == 4
+    for path in list(folder.rglob("*.png")):
+        path.rename(folder / f"{path.parent.name}-{path.name}")
+    bare = make_reference(config)
+    assert labelled.keys() - bare.keys() == {"labels", "class_accuracy_halves"}
+    assert np.allclose(np.sort(labelled["features"], 0), np.sort(bare["features"], 0))
 
 
 @pytest.mark.slow
@@ -137,11 +148,11 @@ def test_moments_that_do_not_fit_the_type_are_refused(folder, tmp_path, monkeypa
     from uvit_dist.models.autoencoder import Autoencoder
 
     monkeypatch.setattr(Autoencoder, "encode_moments", lambda self, x: torch.full((len(x), 8, 8, 8), 1e6))
-    with (
-        pytest.warns(RuntimeWarning, match="overflow"),
-        pytest.raises(DataError, match=r"not finite in float16; set data\.moments_dtype float32"),
-    ):
+    with pytest.raises(DataError, match=r"moments are not finite in float16; set data\.moments_dtype float32"):
         precompute(config, 4, torch.device("cpu"))
     assert not (tmp_path / "latents" / "index.json").exists()
     precompute(folder_config(folder, tmp_path, "data.moments_dtype=float32"), 4, torch.device("cpu"))
-    assert json.loads((tmp_path / "latents" / "index.json").read_text())["provenance"]["moments_dtype"] == "float32"
+    assert json.loads((tmp_path / "latents" / "index.json").read_text())["provenance"]["dtype"] == "float32"
+    monkeypatch.setattr(Autoencoder, "encode_moments", lambda self, x: torch.full((len(x), 8, 8, 8), torch.inf))
+    with pytest.raises(DataError, match=r"moments are not finite; mend or remove"):
+        precompute(folder_config(folder, tmp_path, "data.moments_dtype=float32", "seed=1"), 4, torch.device("cpu"))

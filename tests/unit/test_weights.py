@@ -68,6 +68,11 @@ def test_a_run_a_step_and_an_export_give_the_same_weights(run_dir, tmp_path):
     assert of_run.origin == of_step.origin != of_file.origin
 
 
+def test_a_run_may_lie_in_a_directory_called_checkpoints(tmp_path):
+    save(tmp_path / "checkpoints/run", 5)
+    assert load_weights(tmp_path / "checkpoints/run").step == 5
+
+
 def test_kind_and_step_are_those_asked_for(run_dir, tmp_path):
     assert same(load_weights(run_dir, "master").tensors, network(11))
     early = load_weights(run_dir / "checkpoints/step-00000005")
