@@ -1,5 +1,6 @@
 """Images and captions become shards of moments and contexts, by a small autoencoder and a small text encoder."""
 
+import functools
 import io
 import json
 import tarfile
@@ -16,9 +17,10 @@ from tests.tiny import tiny_config
 from uvit_dist.data.loader import BlockReader
 from uvit_dist.data.shards import EMPTY_CONTEXT, read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
+from uvit_dist.models import text
 from uvit_dist.models.autoencoder import load_autoencoder
-from uvit_dist.models.text import load_text_encoder
 
+load_text_encoder = functools.cache(text.load_text_encoder)  # it takes half a second to read the tokenizer's words
 CPU = torch.device("cpu")
 CAPTIONS = {9: ["a dog", "Two dogs run!!"], 2: ["bread"], 5: ["кот", "a cat", "a dog"], 7: ["x " * 100], 1: ["", "b"]}
 
@@ -33,7 +35,8 @@ def tower(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(precompute_text, "load_text_encoder", load_text_encoder)
     draw = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
     for number in CAPTIONS:
