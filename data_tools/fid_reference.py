@@ -16,15 +16,16 @@ import torch
 from tqdm import tqdm
 
 from data_tools.images import load_images, source_fingerprint
+from data_tools.shard_job import this_device
 from data_tools.sources import open_source
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import explained_exit
+from uvit_dist.extractor import load_extractor
 from uvit_dist.fid import FeatureMoments, frechet_distance, knn_classify, nearest_neighbour_recall
-from uvit_dist.models.features import EXTRACTORS
 
-FEATURES_KEPT = 50_000
+FEATURES_KEPT = 10_000
 BATCH = 256
 
 
@@ -35,7 +36,8 @@ def make_reference(config: Config) -> dict[str, Any]:
     model of that size. Recall and accuracy are those of the features kept; without labels there is no accuracy.
     """
     source = open_source(config.data)
-    extract = EXTRACTORS[config.evaluate.features]
+    device = this_device()
+    extract = load_extractor(config.evaluate, device)
     order = np.argsort(np.random.Philox(key=config.seed).random_raw(len(source.keys)), kind="stable")
     halves, features, chosen = [], [], []
     for half in np.array_split(order, 2):
@@ -44,7 +46,7 @@ def make_reference(config: Config) -> dict[str, Any]:
         kept: list[torch.Tensor] = []
         for first in tqdm(range(0, len(half), BATCH), unit="batch", disable=None):
             pixels = np.stack(list(islice(images, BATCH)))
-            batch = extract(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            batch = extract(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)).cpu()
             moments = moments or FeatureMoments(batch.shape[1])
             moments.update(batch)
             if first < FEATURES_KEPT // 2:

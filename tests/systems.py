@@ -26,10 +26,14 @@ from tests.tiny import ROOT
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.models.autoencoder import to_official_keys
+from uvit_dist.models.inception import _network
 
 PIXELS = ("uvit_s_cifar10", "uvit_s_celeba64", "uvit_m_imagenet64", "uvit_l_imagenet64")
 LATENTS = ("uvit_l_imagenet256", "uvit_h_imagenet256", "uvit_l_imagenet512", "uvit_h_imagenet512")
 TEXT = ("uvit_s_mscoco", "uvit_s_deep_mscoco")
+INCEPTION = "uvit_h_imagenet256"
+"""Scored as published: FID in Inception features, here of random weights."""
+
 IMAGES, CLASSES = 20, 7
 SMALL = [
     "model.embed_dim=96", "model.depth=2", "train.steps=4", "train.global_batch_size=8", "train.micro_batch_size=4",
@@ -127,6 +131,24 @@ def make_text_tower(path: Path) -> None:
     save_file({name: tensor.half() for name, tensor in tensors.items()}, path)
 
 
+def make_inception(path: Path) -> None:
+    """Random weights of the FID network, in the form of its published file."""
+    network = _network().to_empty(device="cpu")
+    drawn = torch.Generator().manual_seed(3)
+    for name, value in network.state_dict().items():
+        if value.ndim == 4:
+            value.normal_(std=(2 / value[0].numel()) ** 0.5, generator=drawn)
+        else:
+            value.fill_(float(name.endswith(("running_var", "bn.weight"))))
+    torch.save(network.state_dict(), path)
+
+
+def make_official_reference(ours: Path, official: Path) -> None:
+    """A file as the official one is: the mean and covariance of a reference of ours, and nothing else."""
+    with np.load(ours) as archive:
+        np.savez(official, mu=archive["mu"], sigma=archive["sigma"])
+
+
 def make_everything(root: Path) -> None:
     make_cifar10(root / "cifar10")
     make_celeba(root / "celeba")
@@ -134,6 +156,7 @@ def make_everything(root: Path) -> None:
     make_coco(root / "coco")
     make_autoencoders(root / "autoencoders")
     make_text_tower(root / "text.safetensors")
+    make_inception(root / "inception.pth")
 
 
 def tiny_overrides(name: str, root: Path, run_dir: Path) -> list[str]:
@@ -157,6 +180,8 @@ def tiny_overrides(name: str, root: Path, run_dir: Path) -> list[str]:
         files = ("autoencoder_kl.pth", "autoencoder_kl_ema.pth") if official else ("narrow", "narrow")
         out += [f"autoencoder.encoder={root}/autoencoders/{files[0]}",
                 f"autoencoder.decoder={root}/autoencoders/{files[1]}"]  # fmt: skip
+    if name == INCEPTION:
+        out += ["evaluate.features=inception", f"evaluate.inception={root}/inception.pth"]
     return out
 
 
@@ -205,6 +230,11 @@ def whole_system(name: str, root: Path, run_dir: Path) -> dict[str, Any]:
     dist.start(ranks, 60)
     assert train(config, ranks, StopFlag())
     scores = evaluate(config, ranks)
+    if name == INCEPTION:
+        official = run_dir / "official.npz"
+        make_official_reference(run_dir / "reference.npz", official)
+        again = evaluate(tiny_system(name, root, run_dir, f"evaluate.reference={official}"), ranks)
+        scores["scores of the official file"] = again
     dist.stop()
     grids = [str(run_dir / f"{n}.png") for n in range(3)]
     asked = {"uncond": ["--count", "2"], "class": ["--labels", "2,5", "--count", "1"],

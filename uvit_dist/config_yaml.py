@@ -112,16 +112,37 @@ def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides (values are YAML), check everything.
 
+    A file may name another as its ``base``, by a path relative to its own, and then holds only what differs.
     Raises ``ConfigError`` (exit code 78) with every mistake and its full key.
     """
+    return parse_config(changed(_read(Path(path), ()), overrides), str(path))
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in a file, over that of its base. readers: the files that led here."""
+    named = f"--config {path}" if not readers else f"base {path} of {readers[-1]}"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error}); give the path of a YAML file") from None
+        raise ConfigError(f"{named}: cannot be read ({error}); give the path of a YAML file") from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of sections")
-    return parse_config(changed(tree, overrides), str(path))
+    if "base" not in tree:
+        return tree
+    base = path.parent / str(tree.pop("base"))
+    if base.resolve() in {reader.resolve() for reader in (*readers, path)}:
+        raise ConfigError(f"base {base} of {path}: is based on itself; name another file")
+    return _merged(_read(base, (*readers, path)), tree)
+
+
+def _merged(base: Any, over: Any) -> Any:
+    """Mappings are merged key by key; anything else of ``over`` replaces what ``base`` has."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {
+        key: _merged(base[key], over[key]) if key in base and key in over else (base | over)[key] for key in base | over
+    }
 
 
 def dump_config(config: Config) -> str:

@@ -110,7 +110,7 @@ class ImageConditions:
         words = keyed_bits(self._seed, "sample_label", 0, ids, 1)[:, 0]
         if self._limits is None:
             return {"y": (words * self._classes) >> 32}
-        return {"y": torch.searchsorted(self._limits.to(ids.device), words, right=True)}
+        return {"y": torch.searchsorted(self._limits.to(ids.device), words.contiguous(), right=True)}
 
 
 def labels_of(condition: Condition, count: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.integration.jobs import train_job
 from tests.ranks import run_ranks
-from tests.systems import LATENTS, PIXELS, TEXT, make_everything, make_shards, tiny_system, whole_system
+from tests.systems import INCEPTION, LATENTS, PIXELS, TEXT, make_everything, make_shards, tiny_system, whole_system
 from tests.tiny import losses, records, same_tensors, saved_state, traces
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -24,8 +24,13 @@ def test_a_system_runs_from_images_to_scores(name, root, tmp_path):
     (scores,) = run_ranks(whole_system, 1, name, root, tmp_path, timeout=240)
     assert scores["samples"] == 10
     assert scores["step"] == 4
-    assert math.isfinite(scores["frechet_distance"])
-    assert scores["frechet_distance"] > 0
+    distance = scores["fid" if name == INCEPTION else "frechet_distance"]
+    assert math.isfinite(distance)
+    assert distance > 0
+    if name == INCEPTION:
+        official = scores["scores of the official file"]
+        assert official["fid"] == distance, "the official files hold a mean and a covariance, and that is enough"
+        assert "recall" not in official
     assert scores["same_seed_same_picture"]
     assert not scores["other_seed_same_picture"]
     config = tiny_system(name, root, tmp_path)

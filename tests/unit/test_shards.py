@@ -1,5 +1,6 @@
 """Shards: what was written is read, by us and by plain webdataset and tar; every kind of damage is noticed."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -11,19 +12,26 @@ import pytest
 import torch
 import webdataset
 
-from uvit_dist.data.latents import Provenance, sample_latents
-from uvit_dist.data.loader import LatentLoader
+from uvit_dist.data.latents import Provenance, Sample, TextProvenance, encode_array, pixels_to_x0, sample_latents
+from uvit_dist.data.loader import BlockReader, ShardLoader
 from uvit_dist.data.plan import Plan
-from uvit_dist.data.shards import check_shards_present, finished_shard, read_index, write_index, write_shard
+from uvit_dist.data.shards import (
+    EMPTY_CONTEXT,
+    check_shards_present,
+    finished_shard,
+    read_index,
+    write_index,
+    write_shard,
+)
 from uvit_dist.errors import DataError, MissingInputError, OutputError
 
 SHAPE = (8, 4, 4)
 
 
 def provenance(**changes):
-    values = dict(autoencoder="ae", encoder_fingerprint="f" * 64, scale_factor=0.5, source="made in a test",
-                  image_size=32, crop="none", mirror=False, moments_dtype="float16", moments_shape=SHAPE,
-                  classes=10, samples=100)  # fmt: skip
+    values = dict(kind="moments", dtype="float16", shape=SHAPE, source="made in a test", image_size=32, crop="none",
+                  mirror=False, classes=10, samples=100, class_counts=(10,) * 10, autoencoder="ae",
+                  encoder_fingerprint="f" * 64, scale_factor=0.5)  # fmt: skip
     return Provenance(**{**values, **changes})
 
 
@@ -35,7 +43,7 @@ def moments_of(i):
 def index_path(tmp_path):
     records, first = [], 0
     for s, count in enumerate((30, 11, 59)):
-        samples = [(f"{i:06d}", i % 10, moments_of(i)) for i in range(first, first + count)]
+        samples = [Sample(f"{i:06d}", i % 10, moments_of(i)) for i in range(first, first + count)]
         records.append(write_shard(str(tmp_path), f"shard-{s}", samples, provenance()))
         first += count
     write_index(str(tmp_path / "index.json"), records, provenance())
@@ -45,7 +53,7 @@ def index_path(tmp_path):
 def loader(index_path, start_step=0, rank=0, world_size=1, **options):
     index = read_index(str(index_path))
     plan = Plan(index.counts, seed=1, global_batch_size=12, lanes=4, block_size=5)
-    return LatentLoader(index, plan, rank, world_size, start_step, **options)
+    return ShardLoader(index, plan, rank, world_size, start_step, **options)
 
 
 def test_batches_hold_the_samples_that_the_plan_names(index_path):
@@ -54,7 +62,7 @@ def test_batches_hold_the_samples_that_the_plan_names(index_path):
         batch = next(batches)
         assert np.array_equal(batch.ids, batches.plan.sample_ids(step))
         assert torch.equal(batch.labels, batch.ids % 10)
-        assert all(np.array_equal(m, moments_of(int(i))) for i, m in zip(batch.ids, batch.moments, strict=True))
+        assert all(np.array_equal(m, moments_of(int(i))) for i, m in zip(batch.ids, batch.data, strict=True))
 
 
 @pytest.mark.parametrize("options", [dict(read_threads=1, prefetch_blocks=0), dict(read_threads=8, prefetch_blocks=9)])
@@ -65,8 +73,8 @@ def test_resuming_ranks_and_threads_change_nothing(index_path, options):
     halves = [loader(index_path, 9, rank, 2, **options) for rank in range(2)]
     for step in range(9, 15):
         batch, first, second = next(resumed), *(next(half) for half in halves)
-        assert torch.equal(batch.moments, expected[step].moments)
-        assert torch.equal(torch.cat([first.moments, second.moments]), batch.moments)
+        assert torch.equal(batch.data, expected[step].data)
+        assert torch.equal(torch.cat([first.data, second.data]), batch.data)
         assert torch.equal(torch.cat([first.ids, second.ids]), expected[step].ids)
 
 
@@ -90,10 +98,10 @@ def test_plain_webdataset_and_tar_read_the_shards(index_path):
 
 def test_the_same_samples_give_the_same_bytes(index_path, tmp_path):
     again = tmp_path / "again"
-    samples = [(f"{i:06d}", i % 10, moments_of(i)) for i in range(30)]
+    samples = [Sample(f"{i:06d}", i % 10, moments_of(i)) for i in range(30)]
     record = write_shard(str(again), "shard-0", samples, provenance())
     assert (again / "shard-0.tar").read_bytes() == (index_path.parent / "shard-0.tar").read_bytes()
-    keys = [key for key, *_ in samples]
+    keys = [sample.key for sample in samples]
     assert finished_shard(str(again), "shard-0", keys, provenance()) == record
     assert finished_shard(str(again), "shard-0", keys, provenance(scale_factor=0.7)) is None
     assert finished_shard(str(again), "shard-0", keys[::-1], provenance()) is None
@@ -102,14 +110,14 @@ def test_the_same_samples_give_the_same_bytes(index_path, tmp_path):
 
 
 def test_long_keys_keep_their_samples(tmp_path):
-    samples = [(f"{'x' * 90}/{'y' * (60 + i)}", i, moments_of(i)) for i in range(3)]
+    samples = [Sample(f"{'x' * 90}/{'y' * (60 + i)}", i, moments_of(i)) for i in range(3)]
     record = write_shard(str(tmp_path), "shard-0", samples, provenance(samples=3))
     write_index(str(tmp_path / "index.json"), [record], provenance(samples=3))
     index = read_index(str(tmp_path / "index.json"))
-    batch = next(LatentLoader(index, Plan(index.counts, 0, 3, 1, 3), 0, 1))
-    assert all(np.array_equal(m, moments_of(int(i))) for i, m in zip(batch.ids, batch.moments, strict=True))
+    batch = next(ShardLoader(index, Plan(index.counts, 0, 3, 1, 3), 0, 1))
+    assert all(np.array_equal(m, moments_of(int(i))) for i, m in zip(batch.ids, batch.data, strict=True))
     with tarfile.open(tmp_path / "shard-0.tar") as tar:
-        assert f"{samples[2][0]}.npy" in tar.getnames()
+        assert f"{samples[2].key}.npy" in tar.getnames()
 
 
 def drain(index_path):
@@ -165,13 +173,13 @@ def test_a_missing_damaged_or_foreign_index_is_explained(tmp_path):
     with pytest.raises(DataError, match="damaged"):
         read_index(str(tmp_path / "index.json"))
     (tmp_path / "index.json").write_text(json.dumps({"shards": [], "provenance": {"version": 99}}))
-    with pytest.raises(DataError, match="version 99 of the shard format; this program reads 1"):
+    with pytest.raises(DataError, match="version 99 of the shard format; this program reads 2"):
         read_index(str(tmp_path / "index.json"))
 
 
 def test_a_shard_that_fails_while_it_is_written_leaves_nothing(tmp_path):
     def samples():
-        yield "a", 0, moments_of(0)
+        yield Sample("a", 0, moments_of(0))
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OutputError, match="No space left"):
@@ -191,3 +199,103 @@ def test_npy_members_are_plain_numpy_files(index_path):
     with tarfile.open(index_path.parent / "shard-0.tar") as tar:
         member = tar.extractfile("000007.npy")
         assert np.array_equal(np.load(io.BytesIO(member.read()), allow_pickle=False), moments_of(7))
+
+
+def test_pixels_become_the_network_range_and_are_mirrored_where_asked():
+    pixels = torch.arange(2 * 3 * 2 * 4, dtype=torch.uint8).reshape(2, 3, 2, 4)
+    x0 = pixels_to_x0(pixels, torch.tensor([False, True]))
+    assert torch.equal(x0[0], pixels[0].float() / 127.5 - 1)
+    assert torch.equal(x0[1], pixels[1].flip(-1).float() / 127.5 - 1)
+    assert pixels_to_x0(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([False])).tolist() == [
+        [[[-1, 1]]]
+    ]
+
+
+def context_of(i, k):
+    return np.random.default_rng([i, k]).standard_normal((5, 6)).astype(np.float16)
+
+
+def captions_of(i):
+    return 1 + i % 4
+
+
+@pytest.fixture
+def text_index_path(tmp_path):
+    empty = encode_array(context_of(99, 99))[0]
+    (tmp_path / EMPTY_CONTEXT).write_bytes(empty)
+    text = TextProvenance("t" * 64, "float16", (5, 6), hashlib.sha256(empty).hexdigest())
+    made = provenance(samples=24, classes=0, class_counts=(), text=text)
+    records = []
+    for s in range(2):
+        samples = [
+            Sample(
+                f"{i:06d}", -1, moments_of(i), [f"caption {k} of {i}, größer" for k in range(captions_of(i))],
+                np.stack([context_of(i, k) for k in range(captions_of(i))]),
+            )
+            for i in range(12 * s, 12 * s + 12)
+        ]  # fmt: skip
+        records.append(write_shard(str(tmp_path), f"shard-{s}", samples, made))
+    write_index(str(tmp_path / "index.json"), records, made)
+    return tmp_path / "index.json"
+
+
+def drawn(batch):
+    """Which caption's context each sample of a batch has."""
+    found = []
+    for i, context in zip(batch.ids.tolist(), batch.contexts, strict=True):
+        (k,) = [k for k in range(captions_of(i)) if np.array_equal(context, context_of(i, k))]
+        found.append((i, k))
+    return found
+
+
+def test_a_caption_is_drawn_for_each_sample_and_epoch(text_index_path):
+    whole = loader(text_index_path)
+    batches = [next(whole) for _ in range(120)]  # sixty epochs
+    assert all(np.array_equal(m, moments_of(int(i))) for b in batches for i, m in zip(b.ids, b.data, strict=True))
+    epochs = [dict(drawn(one) + drawn(two)) for one, two in zip(batches[::2], batches[1::2], strict=True)]
+    assert all(len(epoch) == 24 for epoch in epochs)
+    for i in range(24):
+        counts = np.bincount([epoch[i] for epoch in epochs], minlength=captions_of(i))
+        assert counts.min() > 0, "every caption has its turn"
+        assert counts.max() < 60 / captions_of(i) + 22
+    halves = [loader(text_index_path, 40, rank, 2, read_threads=1, prefetch_blocks=0) for rank in range(2)]
+    for step in range(40, 50):
+        both = [next(half) for half in halves]
+        assert drawn(both[0]) + drawn(both[1]) == drawn(batches[step]), "ranks and resuming change no caption"
+
+
+def test_any_samples_are_read_by_their_ids(text_index_path):
+    reader = BlockReader(read_index(str(text_index_path)), seed=3)
+    ids = np.array([17, 2, 23, 2, 0])
+    batch = reader.read_ids(ids, epoch=5)
+    assert batch.ids.tolist() == ids.tolist()
+    assert all(np.array_equal(m, moments_of(int(i))) for i, m in zip(ids, batch.data, strict=True))
+    assert drawn(batch)[1] == drawn(batch)[3]
+
+
+def test_damaged_contexts_are_noticed(text_index_path):
+    index = read_index(str(text_index_path))
+    assert np.array_equal(index.empty_context(), context_of(99, 99))
+    shard = text_index_path.parent / "shard-1.tar"
+    data = bytearray(shard.read_bytes())
+    for row in index.context_rows(1):
+        data[int(row["offset"])] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard-1\.tar: the sample at byte \d+ differs"):
+        [next(batches) for batches in [loader(text_index_path)] for _ in range(2)]
+    (text_index_path.parent / EMPTY_CONTEXT).write_bytes(encode_array(context_of(1, 0))[0])
+    with pytest.raises(DataError, match=r"empty_context\.npy: differs"):
+        index.empty_context()
+    (text_index_path.parent / "shard-0.contexts.npy").unlink()
+    with pytest.raises(DataError, match=r"shard-0\.contexts\.npy: missing"):
+        check_shards_present(index)
+
+
+def test_shards_with_captions_are_plain_webdataset(text_index_path):
+    with tarfile.open(text_index_path.parent / "shard-0.tar") as tar:
+        names = tar.getnames()[:4]
+        assert names == ["000000.cls", "000000.json", "000000.contexts.npy", "000000.npy"]
+        texts = json.loads(tar.extractfile("000003.json").read())
+        contexts = np.load(io.BytesIO(tar.extractfile("000003.contexts.npy").read()), allow_pickle=False)
+    assert texts == {"captions": [f"caption {k} of 3, größer" for k in range(4)]}
+    assert np.array_equal(contexts, np.stack([context_of(3, k) for k in range(4)]))

@@ -1,0 +1,142 @@
+"""Images from (seed, image id): conditions, solvers, the command's mistakes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.systems import command
+from tests.tiny import DEMO, ROOT
+from uvit_dist import sample
+from uvit_dist.config_yaml import load_config
+from uvit_dist.data.latents import Provenance
+from uvit_dist.data.shards import ShardIndex
+from uvit_dist.errors import ConfigError
+from uvit_dist.sampler import ImageConditions, Sampler
+
+SMALL = ["model.embed_dim=32", "model.depth=2", "sample.steps=4"]
+
+
+class Recorder(torch.nn.Module):
+    """A network that says what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, x, timesteps, y=None, context=None):
+        self.asked.append((x.shape[0], timesteps[0].item(), y, context))
+        return 0.1 * x
+
+
+def config_of(name, *overrides):
+    path = DEMO if name == "digits_demo" else ROOT / "configs" / f"{name}.yaml"
+    return load_config(path, [*SMALL, "model.num_heads=2", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("solver", "calls", "first", "last"),
+    [
+        ("dpm_solver", 4, 999.0, None),
+        ("euler_maruyama_sde", 4, 999.0, 0.999),
+        ("euler_maruyama_ode", 4, 999.0, 0.999),
+    ],
+)
+def test_the_configured_solver_calls_the_network_in_its_time(solver, calls, first, last):
+    """In continuous time the network sees 999·t; Euler–Maruyama's last call is at t = 1e-3."""
+    net = Recorder()
+    config = config_of("uvit_s_cifar10", f"sample.solver={solver}")
+    images = Sampler(config, net, None).generate(torch.arange(3), {}, seed=5)
+    assert images.shape == (3, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    times = [time for _, time, _, _ in net.asked]
+    assert len(times) == calls
+    assert times[0] == pytest.approx(first)
+    assert times == sorted(times, reverse=True)
+    if last is not None:
+        assert times[-1] == pytest.approx(last)
+
+
+def test_discrete_systems_call_the_network_from_1000_on():
+    net = Recorder()
+    config = config_of("uvit_h_imagenet256")
+    y = torch.tensor([3, 4])
+    sampler = Sampler(without_autoencoder(config), net, None)
+    sampler.generate(torch.arange(2), {"y": y}, seed=5)
+    assert net.asked[0][0] == 4, "guidance asks for both at once"
+    assert net.asked[0][1] == 1000.0
+    assert torch.equal(net.asked[0][2], torch.tensor([3, 4, 1000, 1000]))
+
+
+def without_autoencoder(config):
+    """The same without an autoencoder, so that latents come out as they are."""
+    return config.model_copy(update={"autoencoder": None})
+
+
+def test_an_image_depends_on_its_id_and_the_seed_alone():
+    config = config_of("uvit_s_cifar10", "sample.solver=euler_maruyama_sde")
+    sampler = Sampler(config, Recorder(), None)
+    whole = sampler.generate(torch.arange(6), {}, seed=5)
+    assert torch.equal(sampler.generate(torch.tensor([4, 1]), {}, seed=5), whole[[4, 1]])
+    assert not torch.equal(sampler.generate(torch.arange(6), {}, seed=6), whole)
+    assert len({image.numpy().tobytes() for image in whole}) == 6
+
+
+def index_of(counts):
+    made = Provenance("pixels", "uint8", (3, 64, 64), "made in a test", 64, "adm", False, len(counts), sum(counts))
+    return ShardIndex("index.json", dataclasses.replace(made, class_counts=tuple(counts)), (), "")
+
+
+def test_labels_are_even_or_as_frequent_as_in_training():
+    ids = torch.arange(40_000)
+    even = ImageConditions(config_of("uvit_l_imagenet256"), None).of(ids)["y"]
+    assert (even.min(), even.max()) == (0, 999), "the null label is never asked for"
+    config = config_of("uvit_m_imagenet64", "model.num_classes=3")
+    labels = ImageConditions(config, index_of([100, 300, 600])).of(ids)["y"]
+    shares = np.bincount(labels, minlength=3) / len(ids)
+    assert shares == pytest.approx([0.1, 0.3, 0.6], abs=0.01)
+    assert torch.equal(ImageConditions(config, index_of([100, 300, 600])).of(ids[77:80])["y"], labels[77:80])
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "prompts", "message"),
+    [
+        ("uvit_h_imagenet256", None, [], "--labels None: must be numbers from 0 to 999"),
+        ("uvit_h_imagenet256", "3,1000", [], "--labels 3,1000: must be numbers from 0 to 999"),
+        ("uvit_h_imagenet256", "cat", [], "--labels cat: must be numbers"),
+        ("uvit_h_imagenet256", None, ["a cat"], "--prompt: this system knows no texts; give --labels"),
+        ("uvit_s_cifar10", "3", [], "--labels 3: this system is unconditional; give --count alone"),
+        ("uvit_s_mscoco", "3", [], "--prompt: this system is asked with texts"),
+        ("uvit_s_mscoco", None, ["a cat"], r"assets/clip/ViT-L-14-quickgelu.safetensors: no such file"),
+    ],
+)
+def test_a_system_is_asked_in_its_own_terms(name, labels, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        sample.rows_of(config_of(name), labels, prompts)
+
+
+def test_rows_are_repeated_and_the_last_batch_is_padded():
+    config = config_of("uvit_h_imagenet256", "sample.cfg_scale=0")
+    net = Recorder()
+    sampler = Sampler(without_autoencoder(config), net, None)
+    rows, empty = sample.rows_of(config, "207,360", [])
+    images = sample.sample(config, sampler, rows, 3, 0, 4, torch.device("cpu"))
+    assert empty is None
+    assert len(images) == 6
+    asked = [y.tolist() for _, time, y, _ in net.asked if time == 1000.0]
+    assert asked == [[207, 207, 207, 360], [360, 360, 360, 360]]
+
+
+def test_guidance_without_a_null_condition_is_refused():
+    config = config_of("uvit_h_imagenet256").model_copy(update={"autoencoder": None})
+    broken = config.model_copy(update={"diffusion": config.diffusion.model_copy(update={"null_label": None})})
+    with pytest.raises(ConfigError, match="guidance needs a null condition"):
+        Sampler(broken, Recorder(), None).generate(torch.arange(2), {"y": torch.tensor([1, 2])}, seed=0)
+
+
+def test_the_command_explains_what_it_cannot_read(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        command(sample.main, "--checkpoint", str(tmp_path / "nowhere"), "--grid", str(tmp_path / "out.png"))
+    assert left.value.code == 66
+    assert "nowhere: no such file or directory" in capsys.readouterr().err
