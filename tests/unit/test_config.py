@@ -69,6 +69,20 @@ def test_types_are_strict_but_yaml_numbers_are_numbers():
         (["launch.nodes=2"], "launch.target local is this machine alone; set launch.nodes 1"),
         (["run_dir=s3://bucket/run"], "run_dir s3://bucket/run must be a local path, not a URL"),
         (["seed=18446744073709551616"], "seed: 18446744073709551616: Input should be less than"),
+        (["data.format=folder"], "data: source: missing; format folder needs it"),
+        (["data.format=coco", "data.source=x"], "data: captions: missing; format coco needs it"),
+        (["data.split=test"], "data: split test: only cifar10 and celeba have parts"),
+        (["data.space=pixels"], "autoencoder: data.space pixels has none"),
+        (["data.space=pixels", "autoencoder=null"], "must be 3 and data.image_size 32, the shape of the pixels"),
+        (["autoencoder=null"], "autoencoder: missing; latents need it"),
+        (
+            ["model.num_classes=-1", "diffusion.null_label=null", "model.clip_dim=8"],
+            "text: missing; model.clip_dim needs",
+        ),
+        (["text.encoder=x"], "text: needs model.clip_dim"),
+        (["model.num_classes=-1"], "diffusion.null_label 10: the model has no labels"),
+        (["sample.solver=euler_maruyama_sde"], "sample.solver euler_maruyama_sde needs diffusion.schedule vpsde"),
+        (["sample.solver=ddim"], "sample.solver: 'ddim': Input should be 'dpm_solver_pp', 'dpm_solver'"),
         (["checkpoint.keep=1"], "checkpoint.keep: 1: Input should be greater than or equal to 2"),
         (["train.steps"], "override 'train.steps': write it as section.key=value"),
         (["run_dir.x=1"], "override 'run_dir.x=1': run_dir is a value, not a section"),
@@ -91,6 +105,49 @@ def test_files_that_are_no_config(tmp_path):
     (tmp_path / "twice.yaml").write_text("a: 1\na: 2\n")
     with pytest.raises(ConfigError, match="line 2: not valid YAML: found duplicate key"):
         load_config(tmp_path / "twice.yaml")
+
+
+def test_a_file_holds_only_what_differs_from_its_base(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "one.yaml").write_text(f"base: {DEMO}\nseed: 7\nmodel:\n  depth: 2\noptimizer: {{lr: 1e-3}}\n")
+    (tmp_path / "deep/two.yaml").write_text("base: ../one.yaml\nmodel:\n  conv: false\n")
+    one, two, demo = (load_config(path) for path in (tmp_path / "one.yaml", tmp_path / "deep/two.yaml", DEMO))
+    assert (two.seed, two.model.depth, two.model.conv) == (7, 2, False)
+    assert two.model_copy(update={"model": one.model}) == one
+    assert one.train == demo.train
+    assert load_config(tmp_path / "deep/two.yaml", ["seed=8"]).seed == 8
+
+    (tmp_path / "lost.yaml").write_text("base: nowhere.yaml\n")
+    with pytest.raises(ConfigError, match=r"base .*nowhere\.yaml of .*lost\.yaml: cannot be read"):
+        load_config(tmp_path / "lost.yaml")
+    (tmp_path / "one.yaml").write_text("base: deep/two.yaml\n")
+    with pytest.raises(ConfigError, match="is based on itself"):
+        load_config(tmp_path / "deep/two.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_in_the_repository_is_valid(path):
+    config = load_config(path)
+    assert config.run_dir.endswith(path.stem), "no two write into one directory"
+
+
+@pytest.mark.parametrize(
+    ("ablation", "base", "change"),
+    [
+        ("uvit_s_cifar10_no_skip", "../uvit_s_cifar10", {"skip": False}),
+        ("uvit_s_cifar10_no_conv", "../uvit_s_cifar10", {"conv": False}),
+        ("uvit_s_cifar10_mlp_time", "../uvit_s_cifar10", {"mlp_time_embed": True}),
+        ("digits_no_skip", "digits_skips", {"skip": False}),
+        ("digits_no_conv", "digits_skips", {"conv": False}),
+        ("digits_mlp_time", "digits_skips", {"mlp_time_embed": True}),
+    ],
+)
+def test_an_ablation_changes_one_thing(ablation, base, change):
+    directory = ROOT / "configs" / "ablations"
+    ours, theirs = (load_config(directory / f"{name}.yaml") for name in (ablation, base))
+    changed = theirs.model_copy(update={"model": theirs.model.model_copy(update=change), "run_dir": ours.run_dir})
+    assert ours == changed
+    assert ours.model != theirs.model
 
 
 def test_the_command_ends_with_78_and_no_traceback_before_anything_starts(tmp_path):

@@ -1,5 +1,8 @@
 """Files by path and by URL: whole or not there, exact ranges, errors that say what to do."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 
 from uvit_dist import storage
@@ -59,3 +62,36 @@ def test_a_directory_that_cannot_be_is_explained(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="choose another directory or mend its permissions"):
         storage.make_directory(str(tmp_path / "file" / "run"))
+
+
+def test_weights_are_local_or_fetched_once_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("UVIT_DIST_CACHE", str(tmp_path / "cache"))
+    data = b"weights" * 1000
+    digest = hashlib.sha256(data).hexdigest()
+    path, url = tmp_path / "net.pth", f"memory://{tmp_path.name}/net.pth"
+    path.write_bytes(data)
+    storage.write_bytes(url, data)
+
+    assert storage.local_weights(str(path), None, "text.encoder") == str(path)
+    assert storage.local_weights(str(path), digest.upper(), "text.encoder") == str(path)
+    assert storage.local_weights(str(tmp_path), digest, "text.encoder") == str(tmp_path), "a folder has no hash"
+    kept = storage.local_weights(url, digest, "text.encoder")
+    assert Path(kept).name == "net.pth"
+    assert Path(kept).read_bytes() == data
+    storage.write_bytes(url, b"replaced")
+    assert storage.local_weights(url, digest, "text.encoder") == kept, "fetched once"
+
+    wrong = "0" * 64
+    with pytest.raises(
+        DataError, match=rf"text\.encoder .*net\.pth: its sha256 is {digest}, text"
+    ):
+        storage.local_weights(str(path), wrong, "text.encoder")
+    with pytest.raises(DataError, match=r"a URL needs the file's hash; set text\.encoder_sha256"):
+        storage.local_weights(url, None, "text.encoder")
+    with pytest.raises(DataError, match=r"its sha256 is"):
+        storage.local_weights(url, wrong, "text.encoder")
+    assert not list((tmp_path / "cache" / wrong[:16]).iterdir()), "what is wrong is not kept"
+    with pytest.raises(MissingInputError, match=r"none\.pth: cannot be fetched .* give its local path"):
+        storage.local_weights(f"memory://{tmp_path.name}/none.pth", digest, "text.encoder")
+    with pytest.raises(MissingInputError, match="cannot be fetched"):
+        storage.local_weights("nonsense://x/none.pth", digest, "text.encoder")
