@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from benchmarks import ROOT, commit_of, provenance
 from uvit_dist import dist, engine
 from uvit_dist.config_yaml import load_config
-from uvit_dist.diffusion.objective import add_noise, noise_loss
-from uvit_dist.diffusion.schedule import DiscreteSchedule, VPSDESchedule
 from uvit_dist.errors import MissingInputError, explained_exit
+from uvit_dist.loss import Example, Objective
 from uvit_dist.models.uvit import UViT
 
 RANKS = dist.Ranks()
@@ -208,21 +207,20 @@ def run_ours(case: Case, draws: list[Draw], start: Tensors, altered: Control) ->
         "optimizer.lr=2e-4", f"optimizer.betas={case.betas}", "optimizer.weight_decay=0.03",
         f"optimizer.warmup_steps={WARMUP}", f"ema.decay={case.ema}", "ema.warmup=false", "train.precision=fp32",
         f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", "launch.processes_per_node=1",
-        f"zero.stage={case.stage}", *altered.options,
+        f"zero.stage={case.stage}", f"diffusion.schedule={'vpsde' if case.continuous else 'discrete_sd'}",
+        *altered.options,
     ]  # fmt: skip
-    schedule = VPSDESchedule() if case.continuous else DiscreteSchedule()
-    net = UViT(**case.net)
+    config = load_config(ROOT / "configs" / "digits_demo.yaml", options)
+    objective, net = Objective(config), UViT(**case.net)
     net.load_state_dict(dict(start))
 
     def loss_of(net: nn.Module, draw: Draw) -> Tensor:
         x0, time, noise, condition = draw
-        time = time - altered.earlier
-        xt = add_noise(x0, noise, *schedule.alpha_sigma(time))
-        timesteps = schedule.network_time(time) if case.continuous else time
-        return noise_loss(net(xt, timesteps, **condition), noise).mean()
+        asked = Example(x0, noise, time - altered.earlier, condition.get("y"), condition.get("context"))
+        return objective.losses(net, asked).mean()
 
     with altered.patch():
-        trainer = engine.Engine(net, load_config(ROOT / "configs" / "digits_demo.yaml", options), RANKS)
+        trainer = engine.Engine(net, config, RANKS)
         losses = [trainer.train_step([draw], loss_of).loss for draw in draws]
     parts = {tuple(key.split("/")): value.clone() for key, value in trainer.local_state().items()}
     weights, ema = ({k[1]: v for k, v in parts.items() if k[0] == kind} for kind in ("master", "ema"))

@@ -252,7 +252,7 @@ def read_reference(config: Config) -> dict[str, Any]:
         if config.evaluate.features != "inception" or mu.shape != (2048,) or sigma.shape != (2048, 2048):
             raise DataError(
                 f"evaluate.reference {path}: mu {mu.shape}, sigma {sigma.shape} without provenance: official files "
-                f"hold 2048 Inception features, evaluate.features is {config.evaluate.features}; make the reference anew"
+                f"hold 2048 Inception features, evaluate.features is {config.evaluate.features}; make it anew"
             )
         log.warning("evaluate.reference %s says nothing of its images; resolution and crop are not checked", path)
         return reference

@@ -93,9 +93,11 @@ class LossByTime:
 
     def add(self, losses: Tensor, elapsed: Tensor) -> None:
         """Add the losses (B,) of samples at these places (B,) in [0, 1) of the time axis."""
-        place = (elapsed.double() * self._sums.shape[1]).long().clamp(0, self._sums.shape[1] - 1)
-        weights = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
-        self._sums.scatter_add_(1, place.expand(2, -1), weights)
+        bins = self._sums.shape[1]
+        place = (elapsed.double() * bins).long().clamp(0, bins - 1)
+        within = (place[:, None] == torch.arange(bins, device=place.device)).double()
+        # a product, not a scatter: that would depend on the order of additions on a GPU
+        self._sums += torch.stack([losses.detach().double(), torch.ones_like(within[:, 0])]) @ within
 
     def take(self, over_ranks: Callable[[Tensor], Tensor]) -> list[float | None]:
         """The mean of each part since the last call, none for a part without samples; a scalar each.

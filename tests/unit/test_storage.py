@@ -82,9 +82,7 @@ def test_weights_are_local_or_fetched_once_and_checked(tmp_path, monkeypatch):
     assert storage.local_weights(url, digest, "text.encoder") == kept, "fetched once"
 
     wrong = "0" * 64
-    with pytest.raises(
-        DataError, match=rf"text\.encoder .*net\.pth: its sha256 is {digest}, text"
-    ):
+    with pytest.raises(DataError, match=rf"text\.encoder .*net\.pth: its sha256 is {digest}, text"):
         storage.local_weights(str(path), wrong, "text.encoder")
     with pytest.raises(DataError, match=r"a URL needs the file's hash; set text\.encoder_sha256"):
         storage.local_weights(url, None, "text.encoder")
