@@ -22,8 +22,8 @@ from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import explained_exit
-from uvit_dist.extractor import load_extractor
 from uvit_dist.fid import FeatureMoments, frechet_distance, knn_classify, nearest_neighbour_recall
+from uvit_dist.pretrained import load_extractor
 
 FEATURES_KEPT = 10_000
 BATCH = 256
@@ -37,7 +37,7 @@ def make_reference(config: Config) -> dict[str, Any]:
     """
     source = open_source(config.data)
     device = this_device()
-    extract = load_extractor(config.evaluate, device)
+    extract, _ = load_extractor(config.evaluate, device)
     order = np.argsort(np.random.Philox(key=config.seed).random_raw(len(source.keys)), kind="stable")
     halves, features, chosen = [], [], []
     for half in np.array_split(order, 2):

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from tqdm import tqdm
 
-from uvit_dist import storage
 from uvit_dist.data.latents import sample_latents
+from uvit_dist.data.loader import BlockReader
 from uvit_dist.data.shards import ShardIndex, read_index
 from uvit_dist.diffusion.keyed_random import keyed_normal
 from uvit_dist.errors import ConfigError, DataError, explained_exit
@@ -38,39 +37,24 @@ def measure(index: ShardIndex, samples: int | None, seed: int) -> dict[str, Any]
         raise DataError(
             f"--index {index.path}: holds {made.kind}; only latents have a scale factor: give one of moments"
         )
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: must be 0 or more")
     if samples is not None and not 0 < samples <= total:
         raise ConfigError(f"--samples {samples}: {index.path} holds {total}; give 1…{total}, or leave it out for all")
     chosen = np.argsort(np.random.Philox(key=seed).random_raw(total), kind="stable")[:samples]
     chosen.sort()
-    moments = FeatureMoments(1)
+    moments, reader = FeatureMoments(1), BlockReader(index, seed)
     shape = (made.shape[0] // 2, *made.shape[1:])
     with tqdm(total=len(chosen), unit="sample", disable=None) as progress:
-        for shard, (first, count) in enumerate(zip(index.starts, index.counts, strict=True)):
-            mine = chosen[(chosen >= first) & (chosen < first + count)]
-            for begin in range(0, len(mine), BATCH):
-                ids = mine[begin : begin + BATCH]
-                noise = keyed_normal(seed, PURPOSE, 0, torch.from_numpy(ids), shape)
-                latents = sample_latents(_read(index, shard, ids - first), noise, 1.0)
-                moments.update(latents.reshape(-1, 1).double())
-                progress.update(len(ids))
+        for begin in range(0, len(chosen), BATCH):
+            ids = chosen[begin : begin + BATCH]
+            noise = keyed_normal(seed, PURPOSE, 0, torch.from_numpy(ids), shape)
+            moments.update(sample_latents(reader.read_ids(ids).data, noise, 1.0).reshape(-1, 1).double())
+            progress.update(len(ids))
     std = float(np.sqrt(moments.covariance[0, 0]))
     if not 0.0 < std < np.inf:
         raise DataError(f"--index {index.path}: the std of its latents is {std}; make the shards again")
     return {"std": std, "scale_factor": 1.0 / std, "mean": float(moments.mean[0]), "samples": len(chosen)}
-
-
-def _read(index: ShardIndex, shard: int, positions: np.ndarray) -> torch.Tensor:
-    """Moments (B, 2C, H, W) float32 at these positions of a shard, each checked against its hash."""
-    made, path = index.provenance, index.shard_path(shard)
-    dtype = np.dtype(made.dtype).newbyteorder("<")
-    size = int(np.prod(made.shape)) * dtype.itemsize
-    parts = []
-    for row in index.rows(shard)[positions]:
-        data = storage.read_range(path, int(row["offset"]), size)
-        if xxhash.xxh3_64_intdigest(data) != int(row["xxh3"]):
-            raise DataError(f"{path}: bytes {row['offset']}… differ from their hash; make or copy this shard again")
-        parts.append(np.frombuffer(data, dtype=dtype).reshape(made.shape))
-    return torch.from_numpy(np.stack(parts).astype(np.float32))
 
 
 def main() -> None:

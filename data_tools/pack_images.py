@@ -42,7 +42,7 @@ def pack(config: Config) -> list[ShardRecord]:
         for (number, _), pixels in zip(items, images, strict=True):
             yield Sample(source.keys[number], source.labels[number], np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
-    return make_shards(data, config.seed, source.keys, provenance, samples)
+    return make_shards(config, source.keys, provenance, samples)
 
 
 def main() -> None:

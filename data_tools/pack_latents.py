@@ -23,13 +23,13 @@ from data_tools.images import Item
 from data_tools.official_features import FeatureFolder
 from data_tools.precompute_latents import open_encoder
 from data_tools.precompute_text import write_empty_context
-from data_tools.shard_job import as_stored, command_line, make_shards, sample_key
+from data_tools.shard_job import as_stored, claim_directory, command_line, make_shards, sample_key
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance
 from uvit_dist.data.shards import ShardRecord
 from uvit_dist.errors import ConfigError, DataError
-from uvit_dist.models.text import load_text_encoder
+from uvit_dist.pretrained import load_text
 
 MIRRORED_BATCH = 256
 PAIRS_CHECKED = 64
@@ -110,7 +110,7 @@ def pack(config: Config, features: str, mirrored_batch: int) -> list[ShardRecord
             for first in range(0, len(items), 64):
                 yield from pool.map(read, items[first : first + 64])
 
-    return make_shards(data, config.seed, keys, provenance, samples)
+    return make_shards(config, keys, provenance, samples)
 
 
 def _reader(
@@ -158,8 +158,8 @@ def _text_provenance(config: Config, folder: FeatureFolder) -> TextProvenance:
     assert config.text is not None
     section, fingerprint = config.text, UNKNOWN
     if _at_hand(section.encoder):
-        path = storage.local_weights(section.encoder, section.encoder_sha256, "text.encoder")
-        fingerprint = load_text_encoder(path).fingerprint
+        fingerprint = load_text(section).fingerprint
+    claim_directory(config.data.index)
     dtype = config.data.contexts_dtype
     empty = as_stored(folder.empty_context(), dtype, "empty_context.npy: contexts", "data.contexts_dtype")
     return write_empty_context(config.data.index, empty, fingerprint)

@@ -25,12 +25,12 @@ from data_tools.shard_job import (
     this_device,
 )
 from data_tools.sources import open_source
-from uvit_dist import storage
 from uvit_dist.config import Config, DataConfig
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance, pixels_to_x0
 from uvit_dist.data.shards import ShardRecord
 from uvit_dist.errors import ConfigError
-from uvit_dist.models.autoencoder import Autoencoder, load_autoencoder
+from uvit_dist.models.autoencoder import Autoencoder
+from uvit_dist.pretrained import load_encoder
 
 
 @torch.inference_mode()
@@ -65,8 +65,7 @@ def open_encoder(config: Config, device: torch.device) -> Autoencoder:
     """The encoding autoencoder. Raises ``MissingInputError``, ``DataError``, ``ConfigError`` where it does not fit."""
     assert config.autoencoder is not None
     section = config.autoencoder
-    path = storage.local_weights(section.encoder, section.encoder_sha256, "autoencoder.encoder")
-    autoencoder = load_autoencoder(path).to(device)
+    autoencoder = load_encoder(section).to(device)
     found = autoencoder.encoder_fingerprint
     if section.encoder_fingerprint not in (None, found):
         raise ConfigError(
@@ -114,7 +113,7 @@ def precompute(config: Config, batch_size: int, device: torch.device) -> list[Sh
     def samples(items: list[Item]) -> Iterable[Sample]:
         return encode(items, source, autoencoder, config.data, batch_size, device)
 
-    return make_shards(config.data, config.seed, source.keys, provenance, samples)
+    return make_shards(config, source.keys, provenance, samples)
 
 
 def main() -> None:

@@ -19,13 +19,22 @@ from numpy.typing import NDArray
 
 from data_tools.images import Item
 from data_tools.precompute_latents import encode, moments_provenance, open_encoder
-from data_tools.shard_job import add_batch_size, as_stored, command_line, make_shards, require_tool, this_device
+from data_tools.shard_job import (
+    add_batch_size,
+    as_stored,
+    claim_directory,
+    command_line,
+    make_shards,
+    require_tool,
+    this_device,
+)
 from data_tools.sources import open_source
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Sample, TextProvenance, encode_array
 from uvit_dist.data.shards import EMPTY_CONTEXT, ShardRecord
-from uvit_dist.models.text import TextEncoder, load_text_encoder
+from uvit_dist.models.text import TextEncoder
+from uvit_dist.pretrained import load_text
 
 
 @torch.inference_mode()
@@ -62,9 +71,9 @@ def precompute(config: Config, batch_size: int, device: torch.device) -> list[Sh
     source = open_source(data)
     captions = source.captions
     assert captions is not None
-    encoder = load_text_encoder(storage.local_weights(section.encoder, section.encoder_sha256, "text.encoder"))
-    encoder = encoder.to(device)
+    encoder = load_text(section).to(device)
     autoencoder = open_encoder(config, device)
+    claim_directory(data.index)
     (empty,) = encode_captions([""], encoder, data.contexts_dtype, batch_size)
     text = write_empty_context(data.index, empty, encoder.fingerprint)
 
@@ -77,7 +86,7 @@ def precompute(config: Config, batch_size: int, device: torch.device) -> list[Sh
             yield replace(sample, captions=captions[number], contexts=own)
 
     provenance = moments_provenance(config, source, autoencoder, text)
-    return make_shards(data, config.seed, source.keys, provenance, samples)
+    return make_shards(config, source.keys, provenance, samples)
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from data_tools.images import Item
 from uvit_dist import storage
-from uvit_dist.config import Config, DataConfig
+from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.data.latents import MIRROR_SUFFIX, Provenance, Sample
 from uvit_dist.data.shards import ShardIndex, ShardRecord, finished_shard, write_index, write_shard
-from uvit_dist.errors import ConfigError, DataError, explained_exit
+from uvit_dist.errors import ConfigError, DataError, OutputError, explained_exit
+from uvit_dist.preflight import contradictions
 
 STEMS = {"moments": "latents", "pixels": "images"}
 """Names of shards by what they hold."""
@@ -46,17 +47,36 @@ def sample_key(keys: Sequence[str], item: Item) -> str:
     return keys[number] + MIRROR_SUFFIX * mirrored
 
 
+def claim_directory(index: str) -> None:
+    """Make the directory of an index. Raises ``OutputError`` where another index has its shards there."""
+    directory = storage.parent(index)
+    storage.make_directory(directory)
+    ours = index.rsplit("/", 1)[-1]
+    stems = tuple(f"{stem}-" for stem in STEMS.values())
+    others = [name for name in storage.sizes_in(directory) if name.endswith(".json") and not name.startswith(stems)]
+    others = [name for name in others if name != ours and b'"provenance"' in storage.read_bytes(f"{directory}/{name}")]
+    if others:
+        raise OutputError(
+            f"data.index {index}: {', '.join(others)} in the same directory has its shards there, under the same "
+            "names; give each index a directory of its own"
+        )
+
+
 def make_shards(
-    data: DataConfig, seed: int, keys: Sequence[str], provenance: Provenance, make_samples: MakeSamples
+    config: Config, keys: Sequence[str], provenance: Provenance, make_samples: MakeSamples
 ) -> list[ShardRecord]:
     """Write all shards that an earlier run did not finish, then the index, with the samples of each class counted.
 
-    keys: of the images; make_samples: the samples of a shard, in order. Raises ``OutputError`` and what make_samples
-    raises.
+    keys: of the images; make_samples: the samples of a shard, in order. Raises ``ConfigError``, before anything is
+    made, where the network could not be trained on it; ``OutputError``, and what make_samples raises.
     """
     assert provenance.samples == len(keys) * (1 + provenance.mirror)
+    wrong = contradictions(config, provenance)
+    if wrong:
+        raise ConfigError("these shards would not fit the network:\n  " + "\n  ".join(wrong))
+    data, seed = config.data, config.seed
+    claim_directory(data.index)
     directory = storage.parent(data.index)
-    storage.make_directory(directory)
     present = storage.sizes_in(directory)
     records = []
     shards = plan_shards(len(keys), provenance.mirror, data.samples_per_shard, seed)
@@ -132,9 +152,17 @@ def command_line(
     print(f"{config.data.index}: {samples} samples in {len(records)} shards, {size / 1e6:.1f} MB")
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse. Raises ``ValueError``."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """The option of jobs that run a network."""
-    parser.add_argument("--batch-size", type=int, default=64, help="images (or captions) encoded at once (default: 64)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images or captions at once (default: 64)")
 
 
 def this_device() -> torch.device:

@@ -41,6 +41,7 @@ SMALL = [
     "data.lanes=4", "data.block_size=2", "data.samples_per_shard=9",
     "sample.steps=3", "evaluate.samples=10", "evaluate.sub_batch_size=5", "evaluate.chunk_size=5",
     "evaluate.grid_rows=1", "evaluate.neighbours=2", "evaluate.features=pixels_8x8",
+    "validation.samples=5", "validation.every=2", "validation.batch_size=2",
     "launch.target=local", "launch.nodes=1", "launch.processes_per_node=1", "launch.timeout_s=60",
 ]  # fmt: skip
 
@@ -162,15 +163,15 @@ def make_everything(root: Path) -> None:
 def tiny_overrides(name: str, root: Path, run_dir: Path) -> list[str]:
     """Overrides of a published configuration: tiny, on the data below ``root``."""
     out = [*SMALL, f"run_dir={run_dir}", f"data.index={run_dir}/shards/index.json",
-           f"evaluate.reference={run_dir}/reference.npz"]  # fmt: skip
+           f"evaluate.reference={run_dir}/reference.npz", f"validation.index={run_dir}/held_out/index.json",
+           f"evaluate.captions={run_dir}/held_out/index.json"]  # fmt: skip
     if name == "uvit_s_cifar10":
-        out += [f"data.source={root}/cifar10", f"validation.index={run_dir}/held_out/index.json",
-                "validation.samples=5", "validation.every=2", "validation.batch_size=2"]  # fmt: skip
+        out += [f"data.source={root}/cifar10"]
     elif name == "uvit_s_celeba64":
         out += [f"data.source={root}/celeba"]
     elif name in TEXT:
         out += [f"data.source={root}/coco/train2014", f"data.captions={root}/coco/annotations/captions_train2014.json",
-                f"text.encoder={root}/text.safetensors", f"evaluate.captions={run_dir}/val/index.json"]  # fmt: skip
+                f"text.encoder={root}/text.safetensors"]  # fmt: skip
     else:
         guided = name in LATENTS
         out += [f"data.source={root}/imagenet", f"model.num_classes={CLASSES + guided}"]
@@ -207,11 +208,13 @@ def make_shards(name: str, root: Path, run_dir: Path) -> None:
     common = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *tiny_overrides(name, root, run_dir)]
     common += [] if name in PIXELS else ["--batch-size", "3"]
     command(tool.main, *common)
-    if name == "uvit_s_cifar10":
-        command(tool.main, *common, "data.split=test", f"data.index={run_dir}/held_out/index.json")
-    if name in TEXT:
-        command(tool.main, *common, f"data.source={root}/coco/val2014", f"data.index={run_dir}/val/index.json",
-                f"data.captions={root}/coco/annotations/captions_val2014.json")  # fmt: skip
+    held_out = ["data.mirror=false"]
+    if name in ("uvit_s_cifar10", "uvit_s_celeba64"):
+        held_out = ["data.split=test" if name == "uvit_s_cifar10" else "data.split=validation"]
+    elif name in TEXT:
+        held_out = [f"data.source={root}/coco/val2014",
+                    f"data.captions={root}/coco/annotations/captions_val2014.json"]  # fmt: skip
+    command(tool.main, *common, *held_out, f"data.index={run_dir}/held_out/index.json")
 
 
 def whole_system(name: str, root: Path, run_dir: Path) -> dict[str, Any]:

@@ -257,6 +257,7 @@ def export_weights(run_dir: str, out: Path, kind: str) -> int:
         "config": json.dumps(reader.manifest["config"]),
         "step": str(step),
         "kind": kind,
+        **({"text_encoder": reader.manifest["text_encoder"]} if reader.manifest.get("text_encoder") else {}),
     }
     storage.write_bytes(str(out), to_safetensors(reader.full(kind), metadata))
     return step

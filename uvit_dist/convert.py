@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from uvit_dist import __version__, checkpoint, dist, preflight, storage
+from uvit_dist import checkpoint, dist, preflight, storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.data.shards import read_index
@@ -72,6 +72,9 @@ def from_official(source: Path, config: Config, out: Path | None) -> str:
     Raises ``UserError`` of the right kind.
     """
     if out is not None:
+        if out.suffix != ".safetensors":
+            raise UserError(f"--out {out}: must end in .safetensors")
+        _check_new(out)
         step = import_weights(source, config, out)
         return f"{out}: EMA weights of step {step}"
     if source.is_file():
@@ -87,6 +90,7 @@ def to_official(source: Path, out: Path, kind: Kind | None) -> str:
     Raises ``UserError`` of the right kind.
     """
     if out.suffix == ".pth":
+        _check_new(out)
         step = export_state_dict(source, out, kind or "ema")
         return f"{out}: {kind or 'ema'} weights of step {step}"
     if out.suffix != ".ckpt":
@@ -97,6 +101,11 @@ def to_official(source: Path, out: Path, kind: Kind | None) -> str:
     if out.name != f"{step}.ckpt":
         log.warning("%s: the official code resumes only from directories named STEP.ckpt, here %s.ckpt", out, step)
     return f"{out}: the whole state of step {step}"
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise OutputError(f"--out {out}: is there already; remove it, or give another name")
 
 
 # -- from the official code -------------------------------------------------------------------------------------------
@@ -174,21 +183,10 @@ def import_checkpoint(source: Path, config: Config) -> Path:
     Raises ``MissingInputError``, ``DataError``, and ``OutputError`` where the run has checkpoints already.
     """
     _prepare_deepspeed()
-    from uvit_dist.train import must_agree
+    from uvit_dist.train import make_manifest
 
     step = _read_step(source)
     index = read_index(config.data.index)
-    epoch, step_in_epoch = preflight.make_plan(config, index).position(step)
-    manifest = {
-        "step": step,
-        "epoch": epoch,
-        "step_in_epoch": step_in_epoch,
-        "samples_seen": step * config.train.global_batch_size,
-        "must_agree": must_agree(config, index),
-        "journal": {"skipped_steps": [], "quarantined_shards": [], "substitutes": {}},
-        "config": config.model_dump(mode="json"),
-        "versions": {"uvit_dist": __version__, "torch": torch.__version__},
-    }
     storage.make_directory(config.run_dir)
     with storage.locked(config.run_dir):
         if checkpoint.any_checkpoint(config.run_dir):
@@ -197,7 +195,8 @@ def import_checkpoint(source: Path, config: Config) -> Path:
                 "use another run_dir"
             )
         kinds = {kind: _read_network(source / name, config) for kind, name in FILE_OF_KIND.items()}
-        manifest["shapes"] = {name: list(value.shape) for name, value in kinds["master"].items()}
+        shapes = {name: value.shape for name, value in kinds["master"].items()}
+        manifest = make_manifest(step, shapes, preflight.make_plan(config, index), config, index)
         kinds |= _read_moments(source / "optimizer.pth", kinds["master"], step, config)
         state = {f"{kind}/{name}/0": v.flatten() for kind, tensors in kinds.items() for name, v in tensors.items()}
         return _commit(config, state, manifest)

@@ -7,39 +7,43 @@ import io
 import json
 import logging
 import time
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from uvit_dist import dist, storage
-from uvit_dist.config import Config, config_hash
+from uvit_dist.config import Config
 from uvit_dist.data.shards import ShardIndex, read_index
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
-from uvit_dist.extractor import load_extractor
 from uvit_dist.fid import FeatureMoments, frechet_distance, knn_classify, nearest_neighbour_recall
+from uvit_dist.models.autoencoder import Autoencoder
 from uvit_dist.models.features import Extractor
 from uvit_dist.models.uvit import UViT
 from uvit_dist.preflight import check_provenance, empty_context
-from uvit_dist.sampler import ImageConditions, Sampler, labels_of, load_decoder
-from uvit_dist.weights import Kind, Weights, load_weights
+from uvit_dist.pretrained import check_same_text_encoder, load_decoder, load_extractor
+from uvit_dist.sampler import ImageConditions, Sampler, labels_of
+from uvit_dist.weights import Kind, Weights, check_trained_as, load_weights
 from uvit_dist.work import Result, WorkDirectory
 
+Pixels = NDArray[np.uint8]
 log = logging.getLogger(__name__)
 FEATURES_KEPT = 10_000
 """Scores that need the features themselves use the images of lower id."""
 GRID_COLUMNS = 10
-FREE_TO_CHANGE = {
-    "use_checkpoint", "label_dropout",
-    "encoder", "encoder_sha256", "encoder_fingerprint", "decoder", "decoder_sha256",
-}  # fmt: skip
-"""Of the sections model, diffusion and autoencoder: what an evaluation may have otherwise than the training."""
+OFFICIAL_STATISTICS = (
+    "the published FIDs are against the official files, in the folder fid_stats of the downloads that the README of "
+    "github.com/baofff/U-ViT links to; for a reference of your own, not comparable with those, "
+)
 
 
 def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -54,11 +58,19 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     dist.on_main(ranks, lambda: choose_weights(config))  # read in full and checked by one rank, for all
     weights = choose_weights(config, verify="size")
     net = load_network(config, weights).to(ranks.device)
-    decoder = load_decoder(config.autoencoder)
-    extractor = load_extractor(config.evaluate, ranks.device)
-    identity = (weights.fingerprint if weights else f"seed {config.seed}") + (decoder.fingerprint if decoder else "")
+    if index and index.provenance.text and weights:
+        hashes = {"evaluate.captions": index.provenance.text.encoder_fingerprint, "training": weights.text_encoder}
+        check_same_text_encoder(hashes)
+    dist.on_main(ranks, lambda: load_pretrained(config))  # a URL is fetched by one rank, for all
+    decoder, (extractor, extractor_identity) = load_pretrained(config)
     step = weights.step if weights else 0
-    directory = evaluation_dir(config, step, identity + (index.sha256 if index else ""))
+    identity = [
+        weights.fingerprint if weights else f"untrained {config.seed}",
+        decoder.fingerprint if decoder else "",
+        extractor_identity,
+        index.sha256 if index else "",
+    ]
+    directory = evaluation_dir(config, step, identity)
     work = WorkDirectory(str(directory / "units"), -(-config.evaluate.samples // config.evaluate.chunk_size))
     empty = empty_context(index) if index and config.model.clip_dim is not None else None
     sampler = Sampler(config, net, decoder.to(ranks.device) if decoder else None, empty)
@@ -74,12 +86,12 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     dist.barrier()
 
     def finish() -> dict[str, Any]:
-        results = list(work.results())
         grid = directory / "grid.png"
-        images = np.concatenate([result["images"] for result in results])[: config.evaluate.grid_rows * GRID_COLUMNS]
+        scores, images = score(work.results(), reference, config)
         storage.write_bytes(str(grid), png(torch.from_numpy(images), GRID_COLUMNS))
         record = {
-            **score(results, reference, config),
+            **scores,
+            "reference": config.evaluate.reference,
             "weights": config.evaluate.weights,
             "precision": "fp32",
             "step": step,
@@ -97,15 +109,30 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     return dist.on_main(ranks, finish)
 
 
-def evaluation_dir(config: Config, step: int, weights: str) -> Path:
-    """Where the results of one protocol on one set of weights lie: whatever changes an image changes the directory.
+def load_pretrained(config: Config) -> tuple[Autoencoder | None, tuple[Extractor, str]]:
+    """The decoder, and the extractor with what identifies its weights. Raises ``UserError`` of the right kind."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return load_decoder(config), load_extractor(config.evaluate, device)
 
-    weights: what identifies the weights of network and decoder.
+
+def evaluation_dir(config: Config, step: int, identity: list[str]) -> Path:
+    """Where the units of one protocol on one set of weights lie: what changes an image or its features changes it, and
+    nothing else does.
+
+    identity: what identifies the weights of all networks, and the conditions.
     """
-    parts = (config.evaluate, config.sample, config.diffusion, config.model, config.autoencoder)
-    hashes = [config_hash(part) for part in parts if part is not None]
-    protocol = hashlib.sha256("".join([weights, *hashes]).encode()).hexdigest()[:12]
-    return Path(config.run_dir, "evaluation", f"step-{step:08d}-{config.evaluate.weights}-{protocol}")
+    scored = {"reference", "neighbours", "inception", "inception_sha256", "checkpoint", "captions"}
+    protocol = {
+        "evaluate": config.evaluate.model_dump(mode="json", exclude=scored),
+        "sample": config.sample.model_dump(mode="json"),
+        "schedule": config.diffusion.schedule,
+        "null_label": config.diffusion.null_label,
+        "model": config.model.model_dump(mode="json", exclude={"use_checkpoint"}),
+        "scale_factor": config.autoencoder.scale_factor if config.autoencoder else None,
+        "identity": identity,
+    }
+    digest = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:12]
+    return Path(config.run_dir, "evaluation", f"step-{step:08d}-{config.evaluate.weights}-{digest}")
 
 
 def condition_index(config: Config) -> ShardIndex | None:
@@ -140,16 +167,7 @@ def choose_weights(config: Config, verify: str | None = None) -> Weights | None:
         return None
     kind: Kind = "ema" if protocol.weights == "ema" else "master"
     weights = load_weights(protocol.checkpoint or config.run_dir, kind, verify or config.checkpoint.verify)
-    ours = config.model_dump(mode="json")
-    trained = {**weights.config, "model": weights.model}
-    wrong = [
-        f"{section}.{key}: trained with {(trained.get(section) or {}).get(key)}, the configuration says {value}"
-        for section in ("model", "diffusion", "autoencoder")
-        for key, value in (ours[section] or {}).items()
-        if key not in FREE_TO_CHANGE and (trained.get(section) or {}).get(key) != value
-    ]
-    if wrong:
-        raise DataError(f"{weights.origin} is not of this configuration:\n  " + "\n  ".join(wrong))
+    check_trained_as(weights, config)
     return weights
 
 
@@ -196,36 +214,39 @@ def do_unit(
     }
 
 
-def score(results: list[Result], reference: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Merge the units in order and compare with the reference."""
+def score(results: Iterable[Result], reference: dict[str, Any], config: Config) -> tuple[dict[str, Any], Pixels]:
+    """Merge the units in order, one in memory at a time, and compare with the reference.
+
+    Returns the scores, and the first images, (N, 3, H, W) uint8.
+    """
     moments = FeatureMoments(reference["mu"].shape[0])
+    kept: dict[str, list[NDArray[Any]]] = {"features": [], "labels": [], "images": []}
     for result in results:
         part = FeatureMoments(reference["mu"].shape[0])
         part.load_state_dict(
             {key.removeprefix("moments_"): v for key, v in result.items() if key.startswith("moments_")}
         )
         moments.merge(part)
-    distance = frechet_distance(moments.mean, moments.covariance, reference["mu"], reference["sigma"])
+        for name, arrays in kept.items():
+            arrays.append(result[name])
+    features, labels, images = (np.concatenate(arrays) for arrays in kept.values())
     scores: dict[str, Any] = {
         "feature_space": config.evaluate.features,
         "samples": int(moments.n),
-        "fid" if config.evaluate.features == "inception" else "frechet_distance": distance,
+        "fid" if config.evaluate.features == "inception" else "frechet_distance": frechet_distance(
+            moments.mean, moments.covariance, reference["mu"], reference["sigma"]
+        ),
     }
     halves = ("frechet_distance", "recall", "class_accuracy")
-    scores |= {
-        f"{name}_real_halves": float(reference[f"{name}_halves"]) for name in halves if f"{name}_halves" in reference
-    }
-    if "features" not in reference:  # the official files hold mu and sigma alone
-        return scores
-    features = torch.from_numpy(np.concatenate([result["features"] for result in results]))
-    real = torch.from_numpy(reference["features"])
-    k = config.evaluate.neighbours
-    scores["recall"] = nearest_neighbour_recall(real, features, k)
-    if config.model.num_classes > 0 and "labels" in reference:
-        labels = torch.from_numpy(np.concatenate([result["labels"] for result in results]))[: len(features)]
-        found = knn_classify(real, torch.from_numpy(reference["labels"]), features, k)
-        scores["class_accuracy"] = (found == labels).double().mean().item()
-    return scores
+    scores |= {f"{n}_real_halves": float(reference[f"{n}_halves"]) for n in halves if f"{n}_halves" in reference}
+    if "features" in reference:  # the official files hold mu and sigma alone
+        real, fake, k = torch.from_numpy(reference["features"]), torch.from_numpy(features), config.evaluate.neighbours
+        scores["recall"] = nearest_neighbour_recall(real, fake, k)
+        if config.model.num_classes > 0 and "labels" in reference:
+            found = knn_classify(real, torch.from_numpy(reference["labels"]), fake, k)
+            asked = torch.from_numpy(labels)[: len(fake)]
+            scores["class_accuracy"] = (found == asked).double().mean().item()
+    return scores, images[: config.evaluate.grid_rows * GRID_COLUMNS]
 
 
 def read_reference(config: Config) -> dict[str, Any]:
@@ -235,8 +256,9 @@ def read_reference(config: Config) -> dict[str, Any]:
     """
     path = config.evaluate.reference
     if not storage.exists(path):
+        official = OFFICIAL_STATISTICS if Path(path).name.startswith("fid_stats_") else ""
         raise MissingInputError(
-            f"evaluate.reference {path}: no such file; make it: "
+            f"evaluate.reference {path}: no such file; {official}make it: "
             "python -m data_tools.fid_reference --config YOUR_CONFIG.yaml"
         )
     try:
@@ -244,7 +266,7 @@ def read_reference(config: Config) -> dict[str, Any]:
             reference = dict(archive)
         mu, sigma = reference["mu"], reference["sigma"]
         made = json.loads(str(reference["provenance"])) if "provenance" in reference else None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"evaluate.reference {path}: not a reference made by data_tools.fid_reference ({error})"
         ) from None

@@ -95,9 +95,9 @@ class LossByTime:
         """Add the losses (B,) of samples at these places (B,) in [0, 1) of the time axis."""
         bins = self._sums.shape[1]
         place = (elapsed.double() * bins).long().clamp(0, bins - 1)
-        within = (place[:, None] == torch.arange(bins, device=place.device)).double()
-        # a product, not a scatter: that would depend on the order of additions on a GPU
-        self._sums += torch.stack([losses.detach().double(), torch.ones_like(within[:, 0])]) @ within
+        within = place[:, None] == torch.arange(bins, device=place.device)  # a scatter would add in any order on GPUs
+        sums = torch.where(within, losses.detach().double()[:, None], 0.0).sum(0)
+        self._sums += torch.stack([sums, within.sum(0).double()])
 
     def take(self, over_ranks: Callable[[Tensor], Tensor]) -> list[float | None]:
         """The mean of each part since the last call, none for a part without samples; a scalar each.

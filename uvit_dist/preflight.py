@@ -7,21 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit_dist import storage
 from uvit_dist.config import AutoencoderConfig, Config
 from uvit_dist.config_rules import batch_rules
+from uvit_dist.data.latents import Provenance
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex, check_shards_present, read_index
 from uvit_dist.errors import ConfigError, DataError
-from uvit_dist.models.autoencoder import load_autoencoder
+from uvit_dist.pretrained import check_same_text_encoder, load_encoder
 
 
 def encoder_fingerprint(autoencoder: AutoencoderConfig) -> str:
     """The hash of the encoder that the configuration means: given, or computed from its file."""
     if autoencoder.encoder_fingerprint:
         return autoencoder.encoder_fingerprint
-    path = storage.local_weights(autoencoder.encoder, autoencoder.encoder_sha256, "autoencoder.encoder")
-    return load_autoencoder(path).encoder_fingerprint
+    return load_encoder(autoencoder).encoder_fingerprint
 
 
 def check_provenance(config: Config, index: ShardIndex, key: str = "data.index") -> None:
@@ -30,7 +29,34 @@ def check_provenance(config: Config, index: ShardIndex, key: str = "data.index")
     key: of the configuration, that names it; that of held-out samples may be made without mirror images.
     Raises ``DataError``.
     """
-    made, model = index.provenance, config.model
+    made = index.provenance
+    wrong = contradictions(config, made)
+    if config.autoencoder is not None and made.kind == "moments":
+        pairs: list[tuple[str, Any, Any]] = [
+            ("autoencoder.encoder (hash)", encoder_fingerprint(config.autoencoder), made.encoder_fingerprint),
+            ("autoencoder.scale_factor", config.autoencoder.scale_factor, made.scale_factor),
+            ("data.moments_dtype", config.data.moments_dtype, made.dtype),
+        ]
+        if key == "data.index":
+            pairs.append(("data.mirror", config.data.mirror, made.mirror))
+        wrong += _differing(pairs)
+    if wrong:
+        raise DataError(
+            f"{key} {index.path} does not hold what the configuration describes:\n  "
+            + "\n  ".join(wrong)
+            + "\nCorrect the configuration, or make the shards again with the commands in docs/shards.md."
+        )
+
+
+def _differing(pairs: list[tuple[str, Any, Any]]) -> list[str]:
+    return [
+        f"{name}: the configuration says {ours}, the shards {theirs}" for name, ours, theirs in pairs if ours != theirs
+    ]
+
+
+def contradictions(config: Config, made: Provenance) -> list[str]:
+    """How samples of such a provenance differ from what the network takes, a line each."""
+    model = config.model
     channels = model.in_chans if config.autoencoder is None else 2 * model.in_chans
     shape = (channels, model.img_size, model.img_size)
     pairs: list[tuple[str, Any, Any]] = [
@@ -39,14 +65,6 @@ def check_provenance(config: Config, index: ShardIndex, key: str = "data.index")
         ("data.crop", config.data.crop, made.crop),
         ("shape of a sample (by model.in_chans and model.img_size)", shape, made.shape),
     ]
-    if config.autoencoder is not None and made.kind == "moments":
-        pairs += [
-            ("autoencoder.encoder (hash)", encoder_fingerprint(config.autoencoder), made.encoder_fingerprint),
-            ("autoencoder.scale_factor", config.autoencoder.scale_factor, made.scale_factor),
-            ("data.moments_dtype", config.data.moments_dtype, made.dtype),
-        ]
-        if key == "data.index":
-            pairs.append(("data.mirror", config.data.mirror, made.mirror))
     if model.num_classes > 0:
         classes = model.num_classes - (config.diffusion.null_label is not None)
         pairs.append(("classes (model.num_classes without the null label)", classes, made.classes))
@@ -55,15 +73,7 @@ def check_provenance(config: Config, index: ShardIndex, key: str = "data.index")
         pairs.append(
             ("contexts (model.num_clip_token, model.clip_dim)", (model.num_clip_token, model.clip_dim), contexts)
         )
-    wrong = [
-        f"{name}: the configuration says {ours}, the index {theirs}" for name, ours, theirs in pairs if ours != theirs
-    ]
-    if wrong:
-        raise DataError(
-            f"{key} {index.path} does not hold what the configuration describes:\n  "
-            + "\n  ".join(wrong)
-            + "\nCorrect the configuration, or make the shards again with the commands in docs/shards.md."
-        )
+    return _differing(pairs)
 
 
 def empty_context(index: ShardIndex) -> Tensor | None:
@@ -90,5 +100,8 @@ def check_training(config: Config, world_size: int) -> tuple[ShardIndex, ShardIn
         if checked is not None:
             check_provenance(config, checked, key)
             check_shards_present(checked)
+    if index.provenance.text is not None and held_out is not None and held_out.provenance.text is not None:
+        of = index.provenance.text.encoder_fingerprint, held_out.provenance.text.encoder_fingerprint
+        check_same_text_encoder(dict(zip(("data.index", "validation.index"), of, strict=True)))
     make_plan(config, index)
     return index, held_out

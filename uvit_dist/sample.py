@@ -23,22 +23,31 @@ from uvit_dist.config import Config
 from uvit_dist.config_yaml import changed, parse_config
 from uvit_dist.errors import ConfigError, explained_exit
 from uvit_dist.evaluate import load_network, png
-from uvit_dist.models.text import load_text_encoder
-from uvit_dist.sampler import Condition, Sampler, load_decoder
-from uvit_dist.weights import load_weights
+from uvit_dist.pretrained import check_same_text_encoder, load_decoder, load_text
+from uvit_dist.sampler import Condition, Sampler
+from uvit_dist.weights import check_trained_as, load_weights
 
 
-def rows_of(config: Config, labels: str | None, prompts: list[str]) -> tuple[Condition, Tensor | None]:
+def rows_of(
+    config: Config, labels: str | None, prompts: list[str], text_encoder: str | None = None
+) -> tuple[Condition, Tensor | None]:
     """The conditions of the rows, one each, and the empty prompt's context (L, D) for a text system.
 
-    labels: numbers and commas. Raises ``ConfigError`` where they are not what this system is asked with.
+    labels: numbers and commas; text_encoder: hash of the one the network was trained with, if known.
+    Raises ``ConfigError`` where they are not what this system is asked with.
     """
     model = config.model
     if model.clip_dim is not None:
         if not prompts or labels is not None or config.text is None:
             raise ConfigError('--prompt: this system is asked with texts; give --prompt "A green train."')
-        path = storage.local_weights(config.text.encoder, config.text.encoder_sha256, "text.encoder")
-        contexts = load_text_encoder(path).encode([*prompts, ""])
+        encoder = load_text(config.text)
+        check_same_text_encoder({"text.encoder": encoder.fingerprint, "training": text_encoder})
+        contexts = encoder.encode([*prompts, ""])
+        if contexts.shape[1:] != (model.num_clip_token, model.clip_dim):
+            raise ConfigError(
+                f"text.encoder {config.text.encoder}: its contexts are {tuple(contexts.shape[1:])}, the network's "
+                f"{model.num_clip_token, model.clip_dim} (model.num_clip_token, model.clip_dim); give the right one"
+            )
         return {"context": contexts[:-1]}, contexts[-1]
     if prompts:
         raise ConfigError("--prompt: this system knows no texts" + ("; give --labels" if model.num_classes > 0 else ""))
@@ -94,9 +103,10 @@ def main() -> None:
     with explained_exit():
         weights = load_weights(args.checkpoint, args.weights)
         config = parse_config(changed(dict(weights.config), args.overrides), str(args.checkpoint))
-        rows, empty = rows_of(config, args.labels, args.prompt)
+        check_trained_as(weights, config)
+        rows, empty = rows_of(config, args.labels, args.prompt, weights.text_encoder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        decoder = load_decoder(config.autoencoder)
+        decoder = load_decoder(config)
         net = load_network(config, weights).to(device)
         sampler = Sampler(config, net, decoder.to(device) if decoder else None, empty)
         images = sample(config, sampler, rows, args.count, args.seed, args.batch_size, device)

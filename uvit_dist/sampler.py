@@ -9,28 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uvit_dist import storage
-from uvit_dist.config import AutoencoderConfig, Config
+from uvit_dist.config import Config
 from uvit_dist.data.loader import BlockReader
-from uvit_dist.data.plan import held_out_ids
+from uvit_dist.data.plan import Ids, held_out_ids
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.diffusion.guidance import NoisePredictor, noise_predictor
-from uvit_dist.diffusion.keyed_random import keyed_bits, keyed_normal
+from uvit_dist.diffusion.keyed_random import keyed_bits, keyed_integers, keyed_normal
 from uvit_dist.diffusion.schedule import SCHEDULES, VPSDESchedule
 from uvit_dist.diffusion.solvers import dpm_solver, dpm_solver_pp, euler_maruyama
-from uvit_dist.models.autoencoder import Autoencoder, load_autoencoder
+from uvit_dist.models.autoencoder import Autoencoder
 from uvit_dist.models.features import to_uint8
+from uvit_dist.models.frozen import true_fp32
 
 Condition = Mapping[str, Tensor]
 """What the network is asked for: y (B,) int64 labels, or context (B, L, D) float32, or nothing."""
-
-
-def load_decoder(autoencoder: AutoencoderConfig | None) -> Autoencoder | None:
-    """The decoding autoencoder; none in pixel space. Raises ``MissingInputError``, ``DataError``."""
-    if autoencoder is None:
-        return None
-    path = storage.local_weights(autoencoder.decoder, autoencoder.decoder_sha256, "autoencoder.decoder")
-    return load_autoencoder(path)
 
 
 class Sampler:
@@ -52,10 +44,14 @@ class Sampler:
 
     @torch.inference_mode()
     def generate(self, ids: Tensor, condition: Condition, seed: int) -> Tensor:
-        """The images of the given ids, (B,) int64, on the network's device. Returns (B, 3, H, W) uint8.
+        """The images of the given ids, (B,) int64, on the network's device, in fp32. Returns (B, 3, H, W) uint8.
 
         Their bits also depend on B, which is why B is a part of an evaluation's protocol.
         """
+        with true_fp32():
+            return self._generate(ids, condition, seed)
+
+    def _generate(self, ids: Tensor, condition: Condition, seed: int) -> Tensor:
         model, sample = self.config.model, self.config.sample
         shape = (model.in_chans, model.img_size, model.img_size)
         x_T = keyed_normal(seed, "sample_noise", 0, ids, shape)
@@ -101,16 +97,26 @@ class ImageConditions:
     def of(self, ids: Tensor) -> Condition:
         """The conditions of the images of these ids, (B,) int64, on their device."""
         if self._reader is not None:
-            places = self._order[ids.cpu().numpy() % len(self._order)]
-            contexts = self._reader.read_ids(places).contexts
-            assert contexts is not None
-            return {"context": contexts.to(ids.device).float()}
+            return {"context": self._contexts(ids.cpu().numpy()).to(ids.device)}
         if self._model.num_classes <= 0:
             return {}
-        words = keyed_bits(self._seed, "sample_label", 0, ids, 1)[:, 0]
         if self._limits is None:
-            return {"y": (words * self._classes) >> 32}
+            return {"y": keyed_integers(self._seed, "sample_label", 0, ids, 0, self._classes)}
+        words = keyed_bits(self._seed, "sample_label", 0, ids, 1)[:, 0]
         return {"y": torch.searchsorted(self._limits.to(ids.device), words.contiguous(), right=True)}
+
+    def _contexts(self, ids: Ids) -> Tensor:
+        """A caption of a held-out sample for each id; beyond their number they come again, with other captions."""
+        assert self._reader is not None
+        rounds, places = np.divmod(ids, len(self._order))
+        out: Tensor | None = None
+        for turn in np.unique(rounds).tolist():
+            contexts = self._reader.read_ids(self._order[places[rounds == turn]], epoch=turn).contexts
+            assert contexts is not None
+            out = torch.empty(len(ids), *contexts.shape[1:]) if out is None else out
+            out[torch.from_numpy(rounds == turn)] = contexts.float()
+        assert out is not None
+        return out
 
 
 def labels_of(condition: Condition, count: int) -> Tensor:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -181,34 +182,43 @@ def remove_tree(directory: str | Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def local_weights(path: str, sha256: str | None, key: str) -> str:
+def local_weights(path: str, sha256: str | None, key: str, remedy: str) -> str:
     """The local path of a file (or folder) of weights, its hash checked where one is given.
 
     path: local, or a URL, which must come with its hash and is kept in a cache (UVIT_DIST_CACHE, or
     ~/.cache/uvit_dist) under that hash. key: of the configuration, that names it; its hash is at key + "_sha256".
-    Raises ``MissingInputError``, ``DataError`` where the hash differs.
+    remedy: what to do where there is no such file. Raises ``MissingInputError``, ``DataError`` where the hash differs.
     """
-    if not is_remote(path):
-        if sha256 is not None and os.path.isfile(path):
-            _check_sha256(path, path, sha256, key)
-        return path
+    if is_remote(path):
+        return _fetched(path, sha256, key)
+    if not os.path.exists(path):
+        raise MissingInputError(f"{key} {path}: no such file or folder; {remedy}")
+    if sha256 is not None:
+        if os.path.isdir(path):
+            raise DataError(f"{key} {path}: a folder has no hash; give its file of weights, or drop {key}_sha256")
+        _check_sha256(path, path, sha256, key)
+    return path
+
+
+def _fetched(url: str, sha256: str | None, key: str) -> str:
     if sha256 is None:
-        raise DataError(f"{key} {path}: a URL needs the file's hash; set {key}_sha256")
+        raise DataError(f"{key} {url}: a URL needs the file's hash; set {key}_sha256")
     cache = os.environ.get("UVIT_DIST_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "uvit_dist")
-    kept = os.path.join(cache, sha256[:16], path.rsplit("/", 1)[1])
+    kept = os.path.join(cache, sha256[:16].lower(), os.path.basename(urlsplit(url).path))
     if not os.path.exists(kept):
         make_directory(os.path.dirname(kept))
         try:
-            with atomic_write(kept) as file, fsspec.open(path, "rb") as source:
-                shutil.copyfileobj(source, file, 1 << 22)
+            source = fsspec.open(url, "rb").open()
         except (OSError, ValueError, ImportError) as error:
             raise MissingInputError(
-                f"{key} {path}: cannot be fetched ({error}); download it by other means, and give its local path"
+                f"{key} {url}: cannot be fetched ({error}); download it by other means, and give its local path"
             ) from None
+        with source, atomic_write(kept) as file:
+            shutil.copyfileobj(source, file, 1 << 22)
     try:
-        _check_sha256(kept, path, sha256, key)
+        _check_sha256(kept, url, sha256, key)
     except DataError:
-        os.unlink(kept)
+        Path(kept).unlink(missing_ok=True)
         raise
     return kept
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from uvit_dist.metrics import MetricsLog, Progress
 from uvit_dist.models.uvit import UViT
 from uvit_dist.preemption import StopFlag
 from uvit_dist.validation import Validation
-from uvit_dist.weights import adapt, load_weights
+from uvit_dist.weights import adapt, check_same_noise, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         return losses.mean()
 
     def save() -> int:
-        manifest = make_manifest(engine, plan, config, index)
+        manifest = make_manifest(engine.step, engine.shapes, plan, config, index)
         checkpoint.save(config.run_dir, engine.local_state(), manifest, ranks, config.checkpoint.keep)
         return engine.step
 
@@ -68,8 +68,11 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
             batch = next(loader)
         result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, flag=stop.raised)
         stopped = result.flag
-        due = config.validation is not None and engine.step % config.validation.every == 0
-        report.after_step(engine.step, batch.epoch, result, validation.run(engine) if validation and due else {})
+        told = {}
+        if validation is not None and validation.due(engine.step) and not stopped:
+            with report.aside():
+                told = validation.run(engine)
+        report.after_step(engine.step, batch.epoch, result, told)
         if engine.step % config.checkpoint.every == 0:
             saved_at = save()
     if saved_at != engine.step:
@@ -95,6 +98,7 @@ def initial_network(config: Config, ranks: Ranks) -> UViT:
     path = config.train.init_from
     dist.on_main(ranks, lambda: load_weights(path).step)  # read in full and checked by one rank, for all
     weights = load_weights(path, verify="size")
+    check_same_noise(weights, config)
     net.load_state_dict(adapt(weights, net, config.diffusion.null_label))
     log.info("starting from the %s weights of step %d of %s", weights.kind, weights.step, weights.origin)
     return net
@@ -106,18 +110,24 @@ def micro_batches(batch: Batch, config: Config, device: torch.device) -> Iterato
     return (batch.to(device, slice(first, first + size)) for first in range(0, len(batch.ids), size))
 
 
-def make_manifest(engine: Engine, plan: Plan, config: Config, index: ShardIndex) -> dict[str, Any]:
-    """What a checkpoint says of itself: three integers of state, and what a resumed run must agree with."""
-    epoch, step_in_epoch = plan.position(engine.step)
+def make_manifest(
+    step: int, shapes: Mapping[str, Sequence[int]], plan: Plan, config: Config, index: ShardIndex
+) -> dict[str, Any]:
+    """What a checkpoint says of itself: three integers of state, and what a resumed run must agree with.
+
+    step: updates made; shapes: of the parameters, by name.
+    """
+    epoch, step_in_epoch = plan.position(step)
     return {
-        "step": engine.step,
+        "step": step,
         "epoch": epoch,
         "step_in_epoch": step_in_epoch,
-        "samples_seen": engine.step * config.train.global_batch_size,
+        "samples_seen": step * config.train.global_batch_size,
         "must_agree": must_agree(config, index),
         "journal": {"skipped_steps": [], "quarantined_shards": [], "substitutes": {}},
         "config": config.model_dump(mode="json"),
-        "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
+        "text_encoder": index.provenance.text.encoder_fingerprint if index.provenance.text else None,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
         "versions": {"uvit_dist": __version__, "torch": torch.__version__},
     }
 
@@ -199,6 +209,13 @@ class Report:
         self._losses: list[float] = []
         self._since = time.monotonic()
         self._waited = 0.0
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent inside is not counted as training."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

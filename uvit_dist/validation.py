@@ -27,7 +27,7 @@ class Validation:
     def __init__(self, config: Config, index: ShardIndex, objective: Objective, ranks: Ranks) -> None:
         assert config.validation is not None
         self._objective, self._ranks = objective, ranks
-        self._bins = config.train.timestep_bins
+        self._bins, self._every = config.train.timestep_bins, config.validation.every
         count = min(config.validation.samples, index.provenance.samples)
         ids = held_out_ids(index.provenance.samples, count, config.seed)
         size = config.validation.batch_size
@@ -39,6 +39,10 @@ class Validation:
             (number < len(batches), reader.read_ids(batches[min(number, len(batches) - 1)]))
             for number in (turn * ranks.world_size + ranks.rank for turn in range(rounds))
         ]
+
+    def due(self, step: int) -> bool:
+        """Whether it is asked for after so many updates."""
+        return step % self._every == 0
 
     def run(self, engine: Engine) -> dict[str, Any]:
         """Mean loss (a scalar) and loss by timestep, of the EMA and of the weights in training. A collective call."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from uvit_dist import checkpoint
+from uvit_dist.config import Config
 from uvit_dist.errors import CheckpointError, DataError, MissingInputError
 from uvit_dist.models.uvit import UViT
 
@@ -36,7 +37,8 @@ class Weights:
     """The weights of one network and where they come from.
 
     tensors: fp32, by official key, in shape; config: the dumped Config that trained them, or {}; model: arguments of
-    UViT; step: updates made; origin: path read; fingerprint: hash of the content.
+    UViT; step: updates made; origin: path read; fingerprint: hash of the content; text_encoder: hash of the one whose
+    contexts it was trained on, if known.
     """
 
     tensors: dict[str, Tensor]
@@ -46,6 +48,7 @@ class Weights:
     kind: str
     origin: str
     fingerprint: str
+    text_encoder: str | None = None
 
 
 def load_weights(path: str | Path, kind: Kind = "ema", verify: str = "hash") -> Weights:
@@ -94,6 +97,7 @@ def _from_checkpoint(directory: Path, kind: Kind) -> Weights:
         kind=kind,
         origin=str(directory),
         fingerprint=xxhash.xxh3_128_hexdigest(str(manifest["files"]).encode()),
+        text_encoder=manifest.get("text_encoder"),
     )
 
 
@@ -111,6 +115,7 @@ def _from_file(path: Path, kind: Kind) -> Weights:
             kind=told["kind"],
             origin=str(path),
             fingerprint=_hash_content(tensors, told),
+            text_encoder=told.get("text_encoder"),
         )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         remedy = "make one with python -m uvit_dist.export"
@@ -168,6 +173,44 @@ def adapt(weights: Weights, net: UViT, null_label: int | None) -> dict[str, Tens
     for line in notes:
         log.info("%s", line)
     return tensors
+
+
+FREE_TO_CHANGE = {
+    "use_checkpoint", "label_dropout",
+    "encoder", "encoder_sha256", "encoder_fingerprint", "decoder", "decoder_sha256",
+}  # fmt: skip
+"""Of the sections model, diffusion and autoencoder: what sampling may have otherwise than the training."""
+
+
+def check_trained_as(weights: Weights, config: Config) -> None:
+    """Raises ``DataError`` where the weights were trained under another model, diffusion or scale factor."""
+    ours = config.model_dump(mode="json")
+    trained = {**weights.config, "model": weights.model}
+    wrong = [
+        f"{section}.{key}: trained with {(trained.get(section) or {}).get(key)}, the configuration says {value}"
+        for section in ("model", "diffusion", "autoencoder")
+        for key, value in (ours[section] or {}).items()
+        if key not in FREE_TO_CHANGE and (trained.get(section) or {}).get(key) != value
+    ]
+    if wrong:
+        raise DataError(f"{weights.origin} is not of this configuration:\n{listed(wrong)}")
+
+
+def check_same_noise(weights: Weights, config: Config) -> None:
+    """What fine-tuning cannot change: the meaning of the network's time. Another scale of latents is only told.
+
+    Raises ``DataError``.
+    """
+    before = weights.config.get("diffusion", {}).get("schedule", config.diffusion.schedule)
+    if before != config.diffusion.schedule:
+        raise DataError(
+            f"{weights.origin}: trained with diffusion.schedule {before}, where the network is given another time than "
+            f"with {config.diffusion.schedule}; set diffusion.schedule {before}, or train anew"
+        )
+    scale = (weights.config.get("autoencoder") or {}).get("scale_factor")
+    ours = config.autoencoder.scale_factor if config.autoencoder else None
+    if weights.config and scale != ours:
+        log.warning("%s: trained with autoencoder.scale_factor %s, this run has %s", weights.origin, scale, ours)
 
 
 def differences(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -52,8 +52,8 @@ def test_a_system_runs_from_images_to_scores(name, root, tmp_path):
 def test_a_system_killed_and_resumed_goes_on_bit_for_bit(name, root, tmp_path):
     make_shards(name, root, tmp_path / "shards_run")
     index = f"data.index={tmp_path}/shards_run/shards/index.json"
-    held_out = [f"validation.index={tmp_path}/shards_run/held_out/index.json"] if name == "uvit_s_cifar10" else []
-    more = [index, *held_out, "launch.processes_per_node=2", "train.steps=10", "checkpoint.every=5",
+    held_out = f"validation.index={tmp_path}/shards_run/held_out/index.json"
+    more = [index, held_out, "launch.processes_per_node=2", "train.steps=10", "checkpoint.every=5",
             "train.micro_batch_size=2"]  # fmt: skip
     whole = tiny_system(name, root, tmp_path / "whole", *more)
     assert run_ranks(train_job, 2, whole) == ["complete"] * 2
@@ -65,11 +65,10 @@ def test_a_system_killed_and_resumed_goes_on_bit_for_bit(name, root, tmp_path):
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert traces(tmp_path / "broken") == traces(tmp_path / "whole")
     assert same_tensors(saved_state(tmp_path / "broken", 10), saved_state(tmp_path / "whole", 10))
-    if held_out:
-        metrics = [records(tmp_path / run, "metrics.jsonl") for run in ("whole", "broken")]
-        told = [{step: r["validation_loss"] for step, r in m.items() if "validation_loss" in r} for m in metrics]
-        assert list(told[0]) == [2, 4, 6, 8, 10]
-        assert told[0] == told[1]
+    metrics = [records(tmp_path / run, "metrics.jsonl") for run in ("whole", "broken")]
+    told = [{step: r["validation_loss"] for step, r in m.items() if "validation_loss" in r} for m in metrics]
+    assert list(told[0]) == [2, 4, 6, 8, 10]
+    assert told[0] == told[1]
     if name == "uvit_s_mscoco":
         drawn = {row[0]: set() for rows in traces(tmp_path / "whole").values() for row in rows}
         for rows in traces(tmp_path / "whole").values():

@@ -19,7 +19,7 @@ from uvit_dist.models.uvit import UViT
 from uvit_dist.weights import load_weights
 
 WARMUP, STEPS = 4, 3
-INDEX = SimpleNamespace(counts=(32, 32, 32, 24), sha256="5" * 64)
+INDEX = SimpleNamespace(counts=(32, 32, 32, 24), sha256="5" * 64, provenance=SimpleNamespace(text=None))
 FILES = ("step.pth", "nnet.pth", "nnet_ema.pth", "optimizer.pth", "lr_scheduler.pth")
 
 
@@ -146,12 +146,12 @@ def test_the_manifest_is_what_training_writes(config, official):
 
     path = convert.import_checkpoint(official.directory, config)
     manifest = json.loads((path / "manifest.json").read_text())
-    engine = SimpleNamespace(step=STEPS, shapes={name: p.shape for name, p in official.net.named_parameters()})
-    ours = train.make_manifest(engine, make_plan(config, INDEX), config, INDEX)
+    shapes = {name: p.shape for name, p in official.net.named_parameters()}
+    ours = train.make_manifest(STEPS, shapes, make_plan(config, INDEX), config, INDEX)
     assert {key: manifest[key] for key in ours} == json.loads(json.dumps(ours))
     assert set(manifest) - set(ours) == {"version", "world_size", "files"}
     with safe_open(path / "rank-00000.safetensors", framework="pt") as file:
-        assert set(file.keys()) == {f"{kind}/{name}/0" for kind in KINDS for name in engine.shapes}
+        assert set(file.keys()) == {f"{kind}/{name}/0" for kind in KINDS for name in shapes}
 
 
 def test_a_real_optimizer_goes_on_from_what_is_written(config, official, tmp_path):
@@ -179,8 +179,22 @@ def test_weights_alone_are_taken_from_a_directory(config, official, tmp_path):
     assert not (tmp_path / "run/checkpoints").exists()
     convert.import_checkpoint(official.directory, config)
     for kind, net in (("master", official.net), ("ema", official.ema)):
-        convert.to_official(tmp_path / "run", tmp_path / "out.pth", kind)
-        assert equal(torch.load(tmp_path / "out.pth"), dict(net.state_dict()))
+        convert.to_official(tmp_path / "run", tmp_path / f"{kind}.pth", kind)
+        assert equal(torch.load(tmp_path / f"{kind}.pth"), dict(net.state_dict()))
+
+
+def test_nothing_is_written_over(config, official, tmp_path):
+    """A .pth given as --out by mistake is not replaced by something else."""
+    torch.save(official.net.state_dict(), tmp_path / "released.pth")
+    before = (tmp_path / "released.pth").read_bytes()
+    with pytest.raises(UserError, match=r"released\.pth: must end in \.safetensors"):
+        convert.from_official(tmp_path / "released.pth", config, tmp_path / "released.pth")
+    convert.from_official(tmp_path / "released.pth", config, tmp_path / "ours.safetensors")
+    with pytest.raises(OutputError, match="is there already; remove it"):
+        convert.from_official(tmp_path / "released.pth", config, tmp_path / "ours.safetensors")
+    with pytest.raises(OutputError, match="is there already; remove it"):
+        convert.to_official(tmp_path / "ours.safetensors", tmp_path / "released.pth", None)
+    assert (tmp_path / "released.pth").read_bytes() == before
 
 
 def test_before_the_first_update_there_are_no_moments(config, official):
@@ -318,7 +332,11 @@ def test_a_state_needs_more_than_weights(config, official, tmp_path, caplog):
         (["to-official", "run", "--out", "a.pth", "seed=1"], 2, "takes its configuration from the source"),
         (["sideways", "run"], 2, "invalid choice"),
         (["to-official", "nowhere", "--out", "a.pth"], 66, "error: nowhere: no such file or directory"),
-        (["from-official", "nowhere.pth", "--config", "CONFIG", "--out", "o", "seed=5"], 66, "nowhere.pth: no such"),
+        (
+            ["from-official", "nowhere.pth", "--config", "CONFIG", "--out", "o.safetensors", "seed=5"],
+            66,
+            "nowhere.pth: no such",
+        ),
         (["from-official", "nowhere.pth", "--config", "CONFIG", "seeds=5", "--out", "o"], 78, "seeds: no such key"),
     ],
 )

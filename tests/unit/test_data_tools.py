@@ -138,7 +138,7 @@ def test_the_command_explains_a_mistake(tmp_path):
                f"data.index={tmp_path}/index.json", "autoencoder.encoder=nowhere.pth"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 66
-    assert "error: autoencoder nowhere.pth: no such file" in done.stderr
+    assert "error: autoencoder.encoder nowhere.pth: no such file" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "index.json").exists()
 

@@ -22,7 +22,7 @@ LAYERS = {
         "loss",
         "validation",
         "sampler",
-        "extractor",
+        "pretrained",
     ],
     4: ["train", "evaluate"],
     5: ["launch", "supervisor", "worker", "sample", "convert", "export", "status", "tune", "doctor", "demo"],

@@ -11,9 +11,9 @@ import torch
 from open_clip.transformer import QuickGELU, TextTransformer
 from PIL import Image
 
-from data_tools import precompute_text
 from data_tools.precompute_text import encode_captions, precompute
 from tests.tiny import tiny_config
+from uvit_dist import pretrained
 from uvit_dist.data.loader import BlockReader
 from uvit_dist.data.shards import EMPTY_CONTEXT, read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
@@ -36,7 +36,7 @@ def tower(tmp_path_factory):
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(precompute_text, "load_text_encoder", load_text_encoder)
+    monkeypatch.setattr(pretrained, "load_text_encoder", load_text_encoder)
     draw = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
     for number in CAPTIONS:
@@ -135,14 +135,14 @@ def test_the_bits_of_a_context_do_not_depend_on_its_companions(tower):
 
 
 def test_what_cannot_be_encoded_is_said(pictures, tower, monkeypatch):
-    with pytest.raises(MissingInputError, match=r"text encoder nowhere: no such file"):
+    with pytest.raises(MissingInputError, match=r"text\.encoder nowhere: no such file"):
         precompute(text_config(pictures, "nowhere"), 4, CPU)
     with pytest.raises(DataError, match=r"text\.encoder_sha256 says aa"):
         precompute(text_config(pictures, tower, f"text.encoder_sha256={'a' * 64}"), 4, CPU)
     with pytest.raises(ConfigError, match=r"not for data_tools\.precompute_text; use data_tools\.precompute_latents"):
         precompute(tiny_config(pictures.parent, pictures.parent), 4, CPU)
     encoder = load_text_encoder(tower)
-    monkeypatch.setattr(precompute_text, "load_text_encoder", lambda path: encoder)
+    monkeypatch.setattr(pretrained, "load_text_encoder", lambda path: encoder)
     monkeypatch.setattr(type(encoder), "encode", lambda self, texts: torch.full((len(texts), 77, 32), 1e6))
     with pytest.raises(DataError, match=r"contexts are not finite in float16; set data\.contexts_dtype float32"):
         precompute(text_config(pictures, tower), 4, CPU)

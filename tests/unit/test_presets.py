@@ -31,6 +31,13 @@ FID = {
     "uvit_l_imagenet256": 3.40, "uvit_h_imagenet256": 2.29, "uvit_l_imagenet512": 4.67, "uvit_h_imagenet512": 4.05,
     "uvit_s_mscoco": 5.95, "uvit_s_deep_mscoco": 5.48,
 }  # fmt: skip
+STATISTICS = {
+    "uvit_s_cifar10": "cifar10_train_pytorch", "uvit_s_celeba64": "celeba64_train_50000_ddim",
+    "uvit_m_imagenet64": "imagenet64_guided_diffusion", "uvit_l_imagenet64": "imagenet64_guided_diffusion",
+    "uvit_l_imagenet256": "imagenet256_guided_diffusion", "uvit_h_imagenet256": "imagenet256_guided_diffusion",
+    "uvit_l_imagenet512": "imagenet512_guided_diffusion", "uvit_h_imagenet512": "imagenet512_guided_diffusion",
+    "uvit_s_mscoco": "mscoco256_val", "uvit_s_deep_mscoco": "mscoco256_val",
+}  # fmt: skip
 each = pytest.mark.parametrize("name", SYSTEMS)
 
 
@@ -91,6 +98,12 @@ def test_every_hyper_parameter_is_the_published_one(name):
         f"{ours.data.image_size}_features" in dataset["name"]
     )
 
+    form = {"cifar10": ("cifar10", "none"), "celeba": ("celeba", "celeba"), "mscoco256_features": ("coco", "coco")}
+    assert (ours.data.format, ours.data.crop) == form.get(dataset["name"], ("folder", "adm"))
+    assert ours.evaluate.reference == f"assets/fid_stats/fid_stats_{STATISTICS[name]}.npz"
+    assert ours.validation is not None
+    assert ours.validation.index != ours.data.index
+
     assert ours.diffusion.label_dropout == dataset.get("p_uncond", 0.0)
     guided = nnet.get("num_classes", -1) > 0 and sample.get("cfg", False)
     assert ours.diffusion.null_label == (nnet["num_classes"] - 1 if guided else None)
@@ -120,8 +133,13 @@ def test_the_header_is_a_lab_note(name):
     assert "GPUs" in header
     commands = re.findall(r"python -m (\S+) --config (\S+)", header)
     assert {module for module, _ in commands} >= {"uvit_dist.launch"}
-    assert len(commands) >= 3
+    assert len(commands) == 4
     assert {config for _, config in commands} == {f"configs/{name}.yaml"}
+    for line in header.replace("\\\n#", "").splitlines():
+        found = re.match(r"#\s+python -m \S+ --config (\S+)(.*)", line)
+        if found:
+            overrides = [word for word in found[2].split() if "=" in word]
+            load_config(ROOT / found[1], overrides)
     for module, _ in commands:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
 

@@ -72,24 +72,31 @@ def test_weights_are_local_or_fetched_once_and_checked(tmp_path, monkeypatch):
     path.write_bytes(data)
     storage.write_bytes(url, data)
 
-    assert storage.local_weights(str(path), None, "text.encoder") == str(path)
-    assert storage.local_weights(str(path), digest.upper(), "text.encoder") == str(path)
-    assert storage.local_weights(str(tmp_path), digest, "text.encoder") == str(tmp_path), "a folder has no hash"
-    kept = storage.local_weights(url, digest, "text.encoder")
+    assert storage.local_weights(str(path), None, "text.encoder", "get it") == str(path)
+    assert storage.local_weights(str(path), digest.upper(), "text.encoder", "get it") == str(path)
+    assert storage.local_weights(str(tmp_path), None, "text.encoder", "get it") == str(tmp_path)
+    with pytest.raises(DataError, match="a folder has no hash; give its file of weights"):
+        storage.local_weights(str(tmp_path), digest, "text.encoder", "get it")
+    with pytest.raises(MissingInputError, match=r"text\.encoder .*none\.pth: no such file or folder; get it"):
+        storage.local_weights(str(tmp_path / "none.pth"), None, "text.encoder", "get it")
+    storage.write_bytes(f"{url}?download=true", data)
+    asked = storage.local_weights(f"{url}?download=true", digest, "text.encoder", "get it")
+    assert Path(asked).name == "net.pth", "what is asked of a server is no part of the name"
+    kept = storage.local_weights(url, digest, "text.encoder", "get it")
     assert Path(kept).name == "net.pth"
     assert Path(kept).read_bytes() == data
     storage.write_bytes(url, b"replaced")
-    assert storage.local_weights(url, digest, "text.encoder") == kept, "fetched once"
+    assert storage.local_weights(url, digest, "text.encoder", "get it") == kept, "fetched once"
 
     wrong = "0" * 64
     with pytest.raises(DataError, match=rf"text\.encoder .*net\.pth: its sha256 is {digest}, text"):
-        storage.local_weights(str(path), wrong, "text.encoder")
+        storage.local_weights(str(path), wrong, "text.encoder", "get it")
     with pytest.raises(DataError, match=r"a URL needs the file's hash; set text\.encoder_sha256"):
-        storage.local_weights(url, None, "text.encoder")
+        storage.local_weights(url, None, "text.encoder", "get it")
     with pytest.raises(DataError, match=r"its sha256 is"):
-        storage.local_weights(url, wrong, "text.encoder")
+        storage.local_weights(url, wrong, "text.encoder", "get it")
     assert not list((tmp_path / "cache" / wrong[:16]).iterdir()), "what is wrong is not kept"
     with pytest.raises(MissingInputError, match=r"none\.pth: cannot be fetched .* give its local path"):
-        storage.local_weights(f"memory://{tmp_path.name}/none.pth", digest, "text.encoder")
+        storage.local_weights(f"memory://{tmp_path.name}/none.pth", digest, "text.encoder", "get it")
     with pytest.raises(MissingInputError, match="cannot be fetched"):
-        storage.local_weights("nonsense://x/none.pth", digest, "text.encoder")
+        storage.local_weights("nonsense://x/none.pth", digest, "text.encoder", "get it")

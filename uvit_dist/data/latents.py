@@ -74,9 +74,10 @@ class Provenance:
     @staticmethod
     def from_dict(record: dict[str, Any], origin: str) -> Provenance:
         """Read the provenance of an index. Raises ``DataError`` where it is of another version or incomplete."""
-        if record.get("version") != VERSION:
+        version = record.get("version") if isinstance(record, dict) else None
+        if version != VERSION:
             raise DataError(
-                f"{origin}: version {record.get('version')!r} of the shard format; this program reads {VERSION}. "
+                f"{origin}: version {version!r} of the shard format; this program reads {VERSION}. "
                 "Make the shards anew."
             )
         try:

@@ -36,6 +36,13 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
 """Modules of the residual block: official name → diffusers name."""
 
+REMEDY = (
+    "set it to the local path of the official autoencoder_kl.pth or autoencoder_kl_ema.pth, which are in the folder"
+    " stable-diffusion of the downloads that the README of github.com/baofff/U-ViT links to, or of any diffusers"
+    " AutoencoderKL (a folder or .safetensors)"
+)
+"""What to do where there is no such file."""
+
 _LINEAR_IN_DIFFUSERS = re.compile(r"\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight$")
 _OLD_ATTENTION_KEY = re.compile(r"(\.attentions\.0\.)(query|key|value|proj_attn)\.")
 _SHOWN_KEYS = 4
@@ -96,7 +103,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     if not path.exists():
         raise MissingInputError(
             f"autoencoder {path}: no such file or folder; give the path of an official autoencoder_kl.pth or"
-            " .safetensors, a diffusers AutoencoderKL folder, or data_tools/digits_autoencoder.safetensors"
+            " .safetensors, or of a diffusers AutoencoderKL folder"
         )
     config: dict[str, Any] | None
     if path.is_dir():
