@@ -60,6 +60,7 @@ def test_other_classes_and_another_resolution(data_dir, tmp_path, released):
         ("model.depth=4", "in_blocks.1"),
         ("model.embed_dim=64", "embed_dim"),
         ("model.patch_size=4", "patch_embed.proj.weight"),
+        ("diffusion.schedule=vpsde", "trained with diffusion.schedule discrete_sd"),
     ],
 )
 def test_what_cannot_be_is_refused(data_dir, tmp_path, released, change, message):

@@ -10,8 +10,8 @@ from tests.systems import command
 from tests.tiny import DEMO, ROOT
 from uvit_dist import sample
 from uvit_dist.config_yaml import load_config
-from uvit_dist.data.latents import Provenance
-from uvit_dist.data.shards import ShardIndex
+from uvit_dist.data.latents import Provenance, Sample, TextProvenance
+from uvit_dist.data.shards import ShardIndex, read_index, write_index, write_shard
 from uvit_dist.errors import ConfigError
 from uvit_dist.sampler import ImageConditions, Sampler
 
@@ -140,3 +140,24 @@ def test_the_command_explains_what_it_cannot_read(tmp_path, capsys):
         command(sample.main, "--checkpoint", str(tmp_path / "nowhere"), "--grid", str(tmp_path / "out.png"))
     assert left.value.code == 66
     assert "nowhere: no such file or directory" in capsys.readouterr().err
+
+
+def test_beyond_their_number_captions_come_with_others_of_the_same_samples(tmp_path):
+    """Twice as many images as held-out samples: each sample is asked for twice, with captions drawn anew."""
+    made = Provenance("moments", "float16", (8, 2, 2), "test", 16, "coco", False, 0, 40, text=TextProvenance(
+        "t" * 64, "float16", (2, 3), ""), autoencoder="a", encoder_fingerprint="f", scale_factor=1.0)  # fmt: skip
+    samples = [
+        Sample(f"{i:03d}", -1, np.zeros((8, 2, 2), np.float16), ["a", "b", "c"],
+               np.stack([np.full((2, 3), 10 * i + k, np.float16) for k in range(3)]))
+        for i in range(40)
+    ]  # fmt: skip
+    records = [write_shard(str(tmp_path), "latents-0", samples, made)]
+    write_index(str(tmp_path / "index.json"), records, made)
+    config = config_of("uvit_s_mscoco", f"evaluate.captions={tmp_path}/index.json")
+    conditions = ImageConditions(config, read_index(str(tmp_path / "index.json")))
+    values = conditions.of(torch.arange(80))["context"][:, 0, 0].long()
+    first, second = values[:40], values[40:]
+    assert torch.equal(first // 10, second // 10)
+    assert sorted((first // 10).tolist()) == list(range(40))
+    assert 5 < (first != second).sum() < 40
+    assert torch.equal(conditions.of(torch.tensor([77, 3]))["context"][:, 0, 0].long(), values[[77, 3]])
