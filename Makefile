@@ -24,7 +24,7 @@ check: env
 	$(RUN) -m pytest tests/unit/test_layers.py
 
 unit: env
-	$(RUN) -m pytest tests/unit
+	$(RUN) -m pytest tests/unit -m "not slow"
 
 test: check
 	$(RUN) -m pytest --deselect tests/unit/test_layers.py

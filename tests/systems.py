@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -217,8 +218,20 @@ def make_shards(name: str, root: Path, run_dir: Path) -> None:
     command(tool.main, *common, *held_out, f"data.index={run_dir}/held_out/index.json")
 
 
+def connect_nowhere(self: socket.socket, address: Any) -> None:
+    raise AssertionError(f"reaches out to {address}")
+
+
 def whole_system(name: str, root: Path, run_dir: Path) -> dict[str, Any]:
-    """Pack or precompute, train, sample and score one system, in this process. Returns its scores."""
+    """Pack or precompute, train, sample and score one system, in this process. Returns its scores.
+
+    Nothing but the loopback of the process group may be reached: there is no hub.
+    """
+    with patch.object(socket.socket, "connect", connect_nowhere):
+        return _whole_system(name, root, run_dir)
+
+
+def _whole_system(name: str, root: Path, run_dir: Path) -> dict[str, Any]:
     from data_tools import fid_reference
     from uvit_dist import dist, sample
     from uvit_dist.evaluate import evaluate

@@ -94,7 +94,6 @@ def test_other_weights_and_other_protocols_are_kept_apart(data_dir, run_dir):
 def test_what_is_missing_is_named(data_dir, run_dir, tmp_path):
     (told,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, tmp_path))
     assert told.startswith(f"MissingInputError 66: {tmp_path}: holds no checkpoint")
-    assert "holds no checkpoint to evaluate; train first" in told
     (told,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir, "evaluate.reference=nowhere.npz"))
     assert told.startswith("MissingInputError 66: evaluate.reference nowhere.npz: no such file; make it")
     (told,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir, "model.depth=4"))

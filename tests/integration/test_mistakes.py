@@ -103,8 +103,8 @@ def test_an_index_of_another_autoencoder(data, tmp_path):
     (data / "index.json").write_text(json.dumps(index))
     done = launch(*overrides(data, tmp_path / "run", "launch.processes_per_node=1"))
     assert done.returncode == 65
-    assert f"autoencoder.encoder (hash): the configuration says {fingerprint}, the index {'0' * 64}" in done.stderr
-    assert "autoencoder.scale_factor: the configuration says 1.0, the index 0.18215" in done.stderr
+    assert f"autoencoder.encoder (hash): the configuration says {fingerprint}, the shards {'0' * 64}" in done.stderr
+    assert "autoencoder.scale_factor: the configuration says 1.0, the shards 0.18215" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -120,8 +120,8 @@ def refused(config):
 def test_shards_of_another_shape_and_number_of_classes_are_refused(data, tmp_path):
     config = tiny_config(data, tmp_path / "run", "model.img_size=16", "model.num_classes=12", "diffusion.null_label=11")
     told = refused(config)
-    assert "the configuration says (8, 16, 16), the index (8, 8, 8)" in told
-    assert "classes (model.num_classes without the null label): the configuration says 11, the index 10" in told
+    assert "the configuration says (8, 16, 16), the shards (8, 8, 8)" in told
+    assert "classes (model.num_classes without the null label): the configuration says 11, the shards 10" in told
 
 
 def test_a_run_is_not_resumed_as_another(data, tmp_path):

@@ -228,6 +228,7 @@ def test_digits_pictures_give_the_digits_back(pictures: tuple[np.ndarray, np.nda
     assert (misses < 0.5).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_digits_autoencoder_is_what_its_header_says(
     pictures: tuple[np.ndarray, np.ndarray], digits_vae: Autoencoder
 ) -> None:

@@ -86,6 +86,7 @@ def test_features_are_pytorch_fids(ours: Inception, theirs: InceptionV3, images:
     assert relative_difference(features[0], features[2]) > 0.01
 
 
+@pytest.mark.slow
 def test_torchvisions_own_blocks_would_differ(ours: Inception, weights: StateDict, images: torch.Tensor) -> None:
     network = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
     network.load_state_dict(weights)
@@ -93,6 +94,7 @@ def test_torchvisions_own_blocks_would_differ(ours: Inception, weights: StateDic
     assert relative_difference(Inception(network.eval()).features(images[:1]), ours.features(images[:1])) > 1e-3
 
 
+@pytest.mark.slow
 def test_frozen_and_fp32_under_autocast(ours: Inception, images: torch.Tensor) -> None:
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -137,3 +137,15 @@ def test_the_training_loop_reads_as_the_algorithm():
     tree = dict(MODULES)["train"]
     (function,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
     assert function.end_lineno - function.lineno < 60
+
+
+@pytest.mark.parametrize("package", ["uvit_dist", "data_tools"])
+def test_pickled_weights_load_as_plain_tensors_alone(package):
+    loads = [
+        (name, {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords})
+        for name, tree in modules(package)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.load"
+    ]
+    assert all(keywords.get("weights_only") == "True" for _, keywords in loads), loads
+    assert loads or package == "data_tools"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.golden_values import GOLDEN
 from tests.systems import command
 from tests.tiny import DEMO, ROOT
 from uvit_dist import sample
@@ -81,6 +82,36 @@ def test_an_image_depends_on_its_id_and_the_seed_alone():
     assert torch.equal(sampler.generate(torch.tensor([4, 1]), {}, seed=5), whole[[4, 1]])
     assert not torch.equal(sampler.generate(torch.arange(6), {}, seed=6), whole)
     assert len({image.numpy().tobytes() for image in whole}) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "more"),
+    [
+        ("uvit_h_imagenet256", "dpm_solver_pp_discrete_50", []),
+        ("uvit_h_imagenet512", "dpm_solver_pp_discrete_50", []),
+        ("uvit_s_mscoco", "dpm_solver_pp_discrete_50", []),
+        ("uvit_l_imagenet256", "dpm_solver_vpsde_50", []),
+        ("uvit_l_imagenet512", "dpm_solver_vpsde_50", []),
+        ("uvit_m_imagenet64", "dpm_solver_vpsde_50", []),
+        ("uvit_s_cifar10", "euler_maruyama_ode_20", ["sample.steps=20", "sample.solver=euler_maruyama_ode"]),
+    ],
+)
+def test_a_published_configuration_follows_the_golden_trajectory(name, file, more):
+    """golden/dpm_solver_*.npz and euler_maruyama_ode_20.npz: the solver and the steps that the YAML names."""
+    golden = np.load(GOLDEN / f"{file}.npz")
+    config = load_config(ROOT / "configs" / f"{name}.yaml", more)
+    times = []
+
+    def toy(x, t):
+        times.append(t)
+        last = 0.0 if file.startswith("euler") else 0.1 * t
+        return 0.7 * torch.tanh(x) + 0.3 * torch.sin(3 * x + 2 * t) + last
+
+    sampler = Sampler(without_autoencoder(config), Recorder(), None)
+    out = sampler._solve(toy, torch.from_numpy(golden["x_T"]), torch.arange(len(golden["x_T"])), seed=0)
+    seen = torch.stack(times).numpy() * (999 if file.startswith("euler") else 1)
+    np.testing.assert_allclose(seen, golden["model_times"], rtol=1e-11, atol=0)
+    assert np.abs(out.numpy() - golden["output"]).max() <= 1e-6 * np.abs(golden["output"]).max()
 
 
 def index_of(counts):

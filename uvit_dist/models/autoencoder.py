@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from uvit_dist.errors import DataError, MissingInputError
-from uvit_dist.models.frozen import true_fp32
-
-StateDict = dict[str, torch.Tensor]
+from uvit_dist.models.frozen import StateDict, read_state_dict, some_keys, true_fp32
 
 OFFICIAL_NORM_GROUPS = 32
 """Groups of every GroupNorm in the official autoencoder; the shapes of the weights do not tell."""
@@ -45,7 +42,6 @@ REMEDY = (
 
 _LINEAR_IN_DIFFUSERS = re.compile(r"\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight$")
 _OLD_ATTENTION_KEY = re.compile(r"(\.attentions\.0\.)(query|key|value|proj_attn)\.")
-_SHOWN_KEYS = 4
 
 
 class Autoencoder(nn.Module):
@@ -111,7 +107,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     elif path.suffix == ".safetensors":
         config, weights = _read_safetensors(path)
     else:
-        config, weights = None, _read_pickle(path)
+        config, weights = None, read_state_dict(path, "autoencoder")
     if config is None:
         try:
             weights = from_official_keys(weights)
@@ -150,7 +146,7 @@ def encoder_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
     part = {key: value for key, value in state_dict.items() if key.startswith(("encoder.", "quant_conv."))}
     if not any(key.startswith("encoder.") for key in part):
         raise DataError(
-            f"state dict with {_some(state_dict)}: no encoder.* among the keys; give that of an autoencoder"
+            f"state dict with {some_keys(state_dict)}: no encoder.* among the keys; give that of an autoencoder"
         )
     if _is_official(part):
         names = _module_names(_count(part, r"^encoder\.down\.(\d+)\."), _count(part, r"\.block\.(\d+)\."))
@@ -201,7 +197,7 @@ def _rename(sd: Mapping[str, torch.Tensor], names: Mapping[str, str], kind: str)
             unknown.append(key)
     if unknown or not renamed:
         raise DataError(
-            f"state dict with {_some(unknown)}: not in the key names of the {kind};"
+            f"state dict with {some_keys(unknown)}: not in the key names of the {kind};"
             " give a bare state dict of that form (no wrapper, no prefix, no optimizer)"
         )
     return renamed
@@ -224,13 +220,6 @@ def _count(sd: Mapping[str, torch.Tensor], pattern: str) -> int:
     """1 + the largest number that the pattern's group takes among the keys."""
     found = (re.search(pattern, key) for key in sd)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def _some(keys: Any) -> str:
-    """A few of the keys, for an error."""
-    listed = sorted(keys)
-    more = f" and {len(listed) - _SHOWN_KEYS} more" if len(listed) > _SHOWN_KEYS else ""
-    return f"keys {', '.join(listed[:_SHOWN_KEYS])}{more}" if listed else "no keys"
 
 
 def _infer_config(sd: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -319,23 +308,6 @@ def _tensors(path: Path) -> tuple[dict[str, str], StateDict]:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DataError(f"autoencoder {path}: not a whole safetensors file ({error}); copy it again") from error
-
-
-def _read_pickle(path: Path) -> StateDict:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition(". ")[0] or "it ends early"
-        raise DataError(
-            f"autoencoder {path}: not a file of plain tensors ({reason}); copy it again, or convert it to .safetensors"
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        held = _some(loaded) if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
-        raise DataError(
-            f"autoencoder {path}: holds {held}, and a bare state dict (key → tensor) is needed;"
-            " save the state dict alone"
-        )
-    return loaded
 
 
 def _parse_config(text: str, path: Path) -> dict[str, Any]:
