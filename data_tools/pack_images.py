@@ -32,6 +32,7 @@ def pack(config: Config) -> list[ShardRecord]:
         source=f"{source.name} {source_fingerprint(source)}",
         image_size=data.image_size,
         crop=data.crop,
+        split=data.split,
         mirror=False,
         classes=source.classes,
         samples=len(source.keys),

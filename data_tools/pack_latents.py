@@ -94,6 +94,7 @@ def pack(config: Config, features: str, mirrored_batch: int) -> list[ShardRecord
         source=f"official features {name} {len(folder)}",
         image_size=data.image_size,
         crop=data.crop,
+        split=data.split,
         mirror=data.mirror,
         classes=max(0, model.num_classes - (config.diffusion.null_label is not None)),
         samples=len(folder),

@@ -93,6 +93,7 @@ def moments_provenance(
         source=f"{source.name} {source_fingerprint(source)}",
         image_size=data.image_size,
         crop=data.crop,
+        split=data.split,
         mirror=data.mirror,
         classes=source.classes,
         samples=len(source.keys) * (1 + data.mirror),

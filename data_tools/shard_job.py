@@ -7,6 +7,8 @@ own, so that none meets its original there.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,6 +64,22 @@ def claim_directory(index: str) -> None:
         )
 
 
+def _check_same_source(index: str, provenance: Provenance) -> None:
+    """Shards of one collection of images are not replaced by those of another. Raises ``OutputError``."""
+    if not storage.exists(index):
+        return
+    before = json.loads(storage.read_bytes(index)).get("provenance") or {}
+    was, this = (
+        f"{str(made.get('source')).rsplit(' ', 1)[0]} ({made.get('split')})"  # without the hash of its contents
+        for made in (before, dataclasses.asdict(provenance))
+    )
+    if was != this:
+        raise OutputError(
+            f"data.index {index}: holds the shards of {was}, and these would be of {this}; give another data.index, in "
+            "a directory of its own, or delete those"
+        )
+
+
 def make_shards(
     config: Config, keys: Sequence[str], provenance: Provenance, make_samples: MakeSamples
 ) -> list[ShardRecord]:
@@ -76,6 +94,7 @@ def make_shards(
         raise ConfigError("these shards would not fit the network:\n  " + "\n  ".join(wrong))
     data, seed = config.data, config.seed
     claim_directory(data.index)
+    _check_same_source(data.index, provenance)
     directory = storage.parent(data.index)
     present = storage.sizes_in(directory)
     records = []

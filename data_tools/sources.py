@@ -39,8 +39,8 @@ def open_source(data: DataConfig) -> ImageSource:
     assert data.source is not None
     if not Path(data.source).is_dir():
         raise MissingInputError(
-            f"data.source {data.source}: no such folder; give the local folder of the images (data.format "
-            f"{data.format}), or data.format digits, which needs none"
+            f"data.source {data.source}: no such folder; give the local folder of the images, as data.format "
+            f"{data.format} has them (docs/shards.md)"
         )
     if data.format == "cifar10":
         return Cifar10Source(data.source, data.split)

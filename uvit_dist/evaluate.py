@@ -93,6 +93,7 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
             **scores,
             "reference": config.evaluate.reference,
             "weights": config.evaluate.weights,
+            "checkpoint": weights.origin if weights else None,
             "precision": "fp32",
             "step": step,
             "solver": config.sample.solver,

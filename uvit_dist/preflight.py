@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex, check_shards_present, read_index
 from uvit_dist.errors import ConfigError, DataError
 from uvit_dist.pretrained import check_same_text_encoder, load_encoder
+
+HELD_OUT_REMEDY = (
+    "make these shards as you made those of data.index, from other images and with data.index=PATH of this one (the "
+    "headers of the published configurations have the command), or do without: validation=null"
+)
+log = logging.getLogger(__name__)
 
 
 def encoder_fingerprint(autoencoder: AutoencoderConfig) -> str:
@@ -40,6 +47,8 @@ def check_provenance(config: Config, index: ShardIndex, key: str = "data.index")
         if key == "data.index":
             pairs.append(("data.mirror", config.data.mirror, made.mirror))
         wrong += _differing(pairs)
+    if key == "data.index":
+        wrong += _differing([("data.split", config.data.split, made.split)])
     if wrong:
         raise DataError(
             f"{key} {index.path} does not hold what the configuration describes:\n  "
@@ -95,7 +104,9 @@ def check_training(config: Config, world_size: int) -> tuple[ShardIndex, ShardIn
     if broken:
         raise ConfigError("\n".join(broken))
     index = read_index(config.data.index)
-    held_out = None if config.validation is None else read_index(config.validation.index, "validation.index")
+    held_out = None
+    if config.validation is not None:
+        held_out = read_index(config.validation.index, "validation.index", HELD_OUT_REMEDY)
     for key, checked in (("data.index", index), ("validation.index", held_out)):
         if checked is not None:
             check_provenance(config, checked, key)
@@ -103,5 +114,9 @@ def check_training(config: Config, world_size: int) -> tuple[ShardIndex, ShardIn
     if index.provenance.text is not None and held_out is not None and held_out.provenance.text is not None:
         of = index.provenance.text.encoder_fingerprint, held_out.provenance.text.encoder_fingerprint
         check_same_text_encoder(dict(zip(("data.index", "validation.index"), of, strict=True)))
+    if held_out is not None and held_out.provenance.source == index.provenance.source:
+        log.warning(
+            "validation.index %s holds the images of data.index: its loss is that of training samples", held_out.path
+        )
     make_plan(config, index)
     return index, held_out

@@ -12,6 +12,7 @@ or uvit_dist.convert; its configuration is taken from it, and can be changed wit
 from __future__ import annotations
 
 import argparse
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -56,8 +57,10 @@ def rows_of(
             raise ConfigError(f"--labels {labels}: this system is unconditional; give --count alone")
         return {}, None
     last = model.num_classes - 1 - (config.diffusion.null_label is not None)
+    if labels is None:
+        raise ConfigError(f"--labels: missing; say which classes, from 0 to {last}: --labels 0,{last}")
     try:
-        numbers = [int(label) for label in (labels or "").split(",")]
+        numbers = [int(label) for label in labels.split(",")]
     except ValueError:
         numbers = []
     if not numbers or not all(0 <= number <= last for number in numbers):
@@ -100,9 +103,11 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.count < 1 or args.batch_size < 1:
         parser.error("--count and --batch-size must be at least 1")
+    if args.seed < 0 or args.grid.suffix.lower() != ".png":
+        parser.error("--seed must be 0 or more, and --grid the name of a .png")
     with explained_exit():
         weights = load_weights(args.checkpoint, args.weights)
-        config = parse_config(changed(dict(weights.config), args.overrides), str(args.checkpoint))
+        config = parse_config(changed(deepcopy(weights.config), args.overrides), str(args.checkpoint))
         check_trained_as(weights, config)
         rows, empty = rows_of(config, args.labels, args.prompt, weights.text_encoder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

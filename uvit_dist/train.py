@@ -93,9 +93,12 @@ def initial_network(config: Config, ranks: Ranks) -> UViT:
     """
     torch.manual_seed(config.seed)
     net = UViT(**config.model.model_dump())
-    if config.train.init_from is None or dist.on_main(ranks, lambda: checkpoint.any_checkpoint(config.run_dir)):
-        return net
     path = config.train.init_from
+    if path is None:
+        return net
+    if dist.on_main(ranks, lambda: checkpoint.any_checkpoint(config.run_dir)):
+        log.info("train.init_from %s is not used: the run has a checkpoint", path)
+        return net
     dist.on_main(ranks, lambda: load_weights(path).step)  # read in full and checked by one rank, for all
     weights = load_weights(path, verify="size")
     check_same_noise(weights, config)
@@ -181,7 +184,7 @@ def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> N
 
     path = dist.on_main(ranks, choose)
     if path is None:
-        log.info("starting anew: %s holds no checkpoint", config.run_dir)
+        log.info("%s holds no checkpoint: this is step 0", config.run_dir)
         return
     reader = checkpoint.CheckpointReader(path)
     engine.load_state(reader.read, reader.manifest["step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from uvit_dist.dist import Ranks
 from uvit_dist.engine import Engine
 from uvit_dist.loss import LossByTime, Objective
 
+log = logging.getLogger(__name__)
+
 
 class Validation:
     """Held-out samples of an index, dealt to the ranks in batches of a fixed size, kept in host memory.
@@ -31,6 +34,7 @@ class Validation:
         count = min(config.validation.samples, index.provenance.samples)
         ids = held_out_ids(index.provenance.samples, count, config.seed)
         size = config.validation.batch_size
+        log.info("validation on %d of the %d samples of %s", count, index.provenance.samples, index.path)
         batches = [ids[first : first + size] for first in range(0, count, size)]
         rounds = -(-len(batches) // ranks.world_size)
         reader = BlockReader(index, config.seed, "held_out_caption")

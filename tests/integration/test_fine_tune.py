@@ -51,7 +51,9 @@ def test_other_classes_and_another_resolution(data_dir, tmp_path, released):
     more = tiny_config(data_dir, tmp_path, f"train.init_from={released}", "train.steps=4")
     assert run_ranks(train_job, 2, more) == ["complete"] * 2
     assert list(losses(tmp_path)) == [1, 2, 3, 4]
-    assert "resumed from" in (tmp_path / "logs/rank-00000.log").read_text(), "a checkpoint comes before init_from"
+    log = (tmp_path / "logs/rank-00000.log").read_text()
+    assert "resumed from" in log
+    assert "released.safetensors is not used: the run has a checkpoint" in log
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,9 @@ def test_it_is_the_loss_of_the_ema_on_those_samples_at_those_times(data_dir, one
             place = ((example.time - 1) * 4 // 1000).numpy()
             bins = [each.double().numpy()[place == n].mean() for n in range(4)]
             assert told(one_rank)[10]["validation_loss_by_timestep"] == pytest.approx(bins, rel=1e-6)
+    log = (one_rank / "logs/rank-00000.log").read_text()
+    assert f"validation on {SAMPLES} of the 120 samples" in log
+    assert "holds the images of data.index: its loss is that of training samples" in log
     record = told(one_rank)[10]
     assert record["validation_loss"] != record["validation_loss_weights"]
 

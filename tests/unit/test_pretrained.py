@@ -9,11 +9,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_tools import pack_images, precompute_latents
-from tests.systems import command
-from tests.tiny import DEMO, tiny_config
+from tests.systems import command, make_cifar10
+from tests.tiny import DEMO, ROOT, tiny_config
 from uvit_dist import evaluate
+from uvit_dist.config_yaml import load_config
 from uvit_dist.data.latents import Provenance
+from uvit_dist.data.shards import read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError, OutputError
+from uvit_dist.preflight import check_provenance
 from uvit_dist.pretrained import check_same_text_encoder, load_decoder, load_extractor
 from uvit_dist.weights import Weights, check_same_noise, check_trained_as
 
@@ -81,6 +84,22 @@ def test_two_indexes_cannot_share_a_directory(tmp_path):
     assert left.value.code == OutputError.exit_code
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     command(pack_images.main, *common, f"data.index={tmp_path}/train.json")
+
+
+def test_shards_of_one_part_are_not_replaced_by_those_of_another(tmp_path):
+    """Who forgets data.index for the held-out part must not lose the training part, nor train on the other."""
+    make_cifar10(tmp_path / "cifar10")
+    common = ["--config", str(ROOT / "configs/uvit_s_cifar10.yaml"), f"data.source={tmp_path}/cifar10",
+              f"data.index={tmp_path}/shards/index.json"]  # fmt: skip
+    command(pack_images.main, *common)
+    before = (tmp_path / "shards/index.json").read_bytes()
+    with pytest.raises(SystemExit) as left:
+        command(pack_images.main, *common, "data.split=test")
+    assert left.value.code == OutputError.exit_code
+    assert (tmp_path / "shards/index.json").read_bytes() == before
+    config = load_config(common[1], [*common[2:], "data.split=test"])
+    with pytest.raises(DataError, match=r"data\.split: the configuration says test, the shards train"):
+        check_provenance(config, read_index(config.data.index))
 
 
 def test_contexts_of_two_encoders_do_not_meet():

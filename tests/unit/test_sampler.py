@@ -1,10 +1,12 @@
 """Images from (seed, image id): conditions, solvers, the command's mistakes."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.golden_values import GOLDEN
 from tests.systems import command
@@ -14,6 +16,7 @@ from uvit_dist.config_yaml import load_config
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance
 from uvit_dist.data.shards import ShardIndex, read_index, write_index, write_shard
 from uvit_dist.errors import ConfigError
+from uvit_dist.models.uvit import UViT
 from uvit_dist.sampler import ImageConditions, Sampler
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "sample.steps=4"]
@@ -133,7 +136,7 @@ def test_labels_are_even_or_as_frequent_as_in_training():
 @pytest.mark.parametrize(
     ("name", "labels", "prompts", "message"),
     [
-        ("uvit_h_imagenet256", None, [], "--labels None: must be numbers from 0 to 999"),
+        ("uvit_h_imagenet256", None, [], "--labels: missing; say which classes, from 0 to 999"),
         ("uvit_h_imagenet256", "3,1000", [], "--labels 3,1000: must be numbers from 0 to 999"),
         ("uvit_h_imagenet256", "cat", [], "--labels cat: must be numbers"),
         ("uvit_h_imagenet256", None, ["a cat"], "--prompt: this system knows no texts; give --labels"),
@@ -192,3 +195,21 @@ def test_beyond_their_number_captions_come_with_others_of_the_same_samples(tmp_p
     assert sorted((first // 10).tolist()) == list(range(40))
     assert 5 < (first != second).sum() < 40
     assert torch.equal(conditions.of(torch.tensor([77, 3]))["context"][:, 0, 0].long(), values[[77, 3]])
+
+
+def test_an_override_cannot_make_a_network_another(tmp_path, capsys):
+    """The configuration comes with the weights; what it says of them cannot be changed with it."""
+    config = config_of("digits_demo")
+    net = UViT(**config.model.model_dump())
+    model = json.dumps(config.model.model_dump(mode="json", exclude={"use_checkpoint"}))
+    metadata = {"config": config.model_dump_json(), "model": model, "step": "3", "kind": "ema"}
+    save_file(net.state_dict(), tmp_path / "ema.safetensors", metadata)
+    common = ["--checkpoint", str(tmp_path / "ema.safetensors"), "--grid", str(tmp_path / "out.png"), "--labels", "1"]
+    for change in ("diffusion.schedule=vpsde", "autoencoder.scale_factor=5", "model.depth=4"):
+        with pytest.raises(SystemExit) as left:
+            command(sample.main, *common, change)
+        assert left.value.code == 65
+        assert "trained with" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+    assert "4 images" in command(sample.main, *common, "sample.cfg_scale=0.3")
+    assert (tmp_path / "out.png").exists()

@@ -52,7 +52,7 @@ class Provenance:
     kind: what is stored; dtype, shape: of each. For moments, encoder_fingerprint: hash of the autoencoder's encoder and
     quant_conv; scale_factor: 1/std of the latents, which the stored moments are *not* multiplied by; mirror: whether
     mirror images are samples of their own. image_size: pixels; classes: number of labels, 0: none; class_counts:
-    samples of each.
+    samples of each; split: part of the source.
     """
 
     kind: Literal["moments", "pixels"]
@@ -69,6 +69,7 @@ class Provenance:
     encoder_fingerprint: str | None = None
     scale_factor: float | None = None
     text: TextProvenance | None = None
+    split: str = "train"
     version: int = VERSION
 
     @staticmethod

@@ -198,17 +198,19 @@ class ShardIndex:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def read_index(path: str, key: str = "data.index") -> ShardIndex:
-    """Read an index. key: of the configuration, that names it.
+MAKE_SHARDS = (
+    "make the shards first: python -m data_tools.precompute_latents --config YOUR_CONFIG.yaml (data_tools."
+    "precompute_text for images with captions, data_tools.pack_images for pixels)"
+)
+
+
+def read_index(path: str, key: str = "data.index", remedy: str = MAKE_SHARDS) -> ShardIndex:
+    """Read an index. key: of the configuration, that names it; remedy: what to do where it is missing.
 
     Raises ``MissingInputError`` with how to make one, ``DataError`` where it is damaged.
     """
     if not storage.exists(path):
-        raise MissingInputError(
-            f"{key} {path}: no such file; make the shards first: "
-            "python -m data_tools.precompute_latents --config YOUR_CONFIG.yaml (data_tools.precompute_text for images "
-            "with captions, data_tools.pack_images for pixels)"
-        )
+        raise MissingInputError(f"{key} {path}: no such file; {remedy}")
     data = storage.read_bytes(path)
     try:
         tree = json.loads(data)
