@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from uvit_dist.data.latents import sample_latents
-from uvit_dist.data.loader import BlockReader
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import ShardIndex, read_index
 from uvit_dist.diffusion.keyed_random import keyed_normal
 from uvit_dist.errors import ConfigError, DataError, explained_exit
@@ -43,7 +43,7 @@ def measure(index: ShardIndex, samples: int | None, seed: int) -> dict[str, Any]
         raise ConfigError(f"--samples {samples}: {index.path} holds {total}; give 1…{total}, or leave it out for all")
     chosen = np.argsort(np.random.Philox(key=seed).random_raw(total), kind="stable")[:samples]
     chosen.sort()
-    moments, reader = FeatureMoments(1), BlockReader(index, seed)
+    moments, reader = FeatureMoments(1), SampleReader(index, seed)
     shape = (made.shape[0] // 2, *made.shape[1:])
     with tqdm(total=len(chosen), unit="sample", disable=None) as progress:
         for begin in range(0, len(chosen), BATCH):

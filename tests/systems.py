@@ -43,7 +43,7 @@ SMALL = [
     "sample.steps=3", "evaluate.samples=10", "evaluate.sub_batch_size=5", "evaluate.chunk_size=5",
     "evaluate.grid_rows=1", "evaluate.neighbours=2", "evaluate.features=pixels_8x8",
     "validation.samples=5", "validation.every=2", "validation.batch_size=2",
-    "launch.target=local", "launch.nodes=1", "launch.processes_per_node=1", "launch.timeout_s=60",
+    "launch.target=local", "launch.nodes=1", "launch.processes_per_node=1", "launch.timeout_s=60", "storage.retry_s=30",
 ]  # fmt: skip
 
 

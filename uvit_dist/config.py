@@ -99,7 +99,16 @@ class DataConfig(Section):
     lanes: int = Field(gt=0, description="parallel reading lanes; divides the batch; valid world sizes divide it")
     block_size: int = Field(1024, gt=0, description="samples read and shuffled together within a lane")
     prefetch_blocks: int = Field(1, ge=0, description="blocks read ahead in each lane; changes nothing but time")
-    read_threads: int = Field(4, gt=0, description="threads that read, per rank; changes nothing but time")
+    read_threads: int = Field(
+        4, ge=0, description="parts of shards read at once, per rank; 0: in the training thread; changes nothing but time"
+    )
+    quarantine_limit: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="share of the shards that may prove damaged, and be replaced by substitutes, before the run fails",
+    )
+    check_shuffle: bool = Field(True, description="refuse shards that are sorted by class, before training starts")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -115,6 +124,36 @@ class DataConfig(Section):
                     self.split != "validation" or self.format != "cifar10",
                     "split validation: cifar10 has train and test alone",
                 ),
+            ]
+        )
+        return self
+
+
+class StorageConfig(Section):
+    """How s3:// is reached. What is not given is taken from the usual AWS variables and files."""
+
+    endpoint: str | None = Field(None, description="URL of the S3 server; none: AWS_ENDPOINT_URL, or Amazon's")
+    profile: str | None = Field(None, description="profile of ~/.aws; none: AWS_PROFILE")
+    region: str | None = Field(None, description="region; none: AWS_DEFAULT_REGION, or the profile's")
+    anonymous: bool = Field(False, description="send no credentials: for public buckets")
+    retry_s: float = Field(300.0, gt=0, description="seconds of retries without progress before a request is given up")
+    stall_s: float = Field(20.0, gt=0, description="seconds of silence after which a connection is dropped and retried")
+    cache_dir: str | None = Field(None, description="local folder of read parts of shards, shared by a node's ranks")
+    cache_gb: float | None = Field(None, gt=0, description="most that the cache may hold, 10^9 bytes; needs cache_dir")
+
+    @model_validator(mode="after")
+    def _check(self) -> StorageConfig:
+        raise_broken(
+            [
+                (
+                    (self.cache_dir is None) == (self.cache_gb is None),
+                    "cache_dir and cache_gb: give both, or neither",
+                ),
+                (
+                    self.endpoint is None or self.endpoint.startswith(("http://", "https://")),
+                    f"endpoint {self.endpoint} must begin with http:// or https://",
+                ),
+                (not (self.anonymous and self.profile), "anonymous and profile exclude each other"),
             ]
         )
         return self
@@ -271,6 +310,7 @@ class Config(Section):
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
+    storage: StorageConfig = StorageConfig()
     validation: ValidationConfig | None = Field(None, description="none: no validation loss")
     autoencoder: AutoencoderConfig | None = Field(None, description="none: the network is trained on pixels")
     text: TextConfig | None = Field(None, description="needed where model.clip_dim is set")

@@ -101,8 +101,13 @@ def _path_rules(sections: Mapping[str, Any]) -> list[Rule]:
 
 
 def _launch_rules(sections: Mapping[str, Any]) -> list[Rule]:
-    launch = sections["launch"]
+    launch, storage = sections["launch"], sections["storage"]
     return [
+        (
+            storage.retry_s < launch.timeout_s,
+            f"storage.retry_s {storage.retry_s:g} must be less than launch.timeout_s {launch.timeout_s:g}: while one "
+            "rank retries, the others wait for it in a collective",
+        ),
         (
             launch.target != "local" or launch.nodes == 1,
             f"launch.nodes {launch.nodes}: launch.target local is this machine alone; set launch.nodes 1",

@@ -31,6 +31,12 @@ class MissingInputError(UserError):
     exit_code = 66
 
 
+class UnavailableError(UserError):
+    """A server does not answer, in spite of all retries: nothing is known to be wrong with the data."""
+
+    exit_code = 69
+
+
 class OutputError(UserError):
     """Something cannot be written."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from uvit_dist.config import Config
-from uvit_dist.data.loader import BlockReader
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import Ids, held_out_ids
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.diffusion.guidance import NoisePredictor, noise_predictor
@@ -84,10 +84,10 @@ class ImageConditions:
         self._seed, self._model = config.evaluate.seed, config.model
         self._classes = config.model.num_classes - (config.diffusion.null_label is not None)
         self._limits: Tensor | None = None
-        self._reader: BlockReader | None = None
+        self._reader: SampleReader | None = None
         if config.model.clip_dim is not None:
             assert index is not None
-            self._reader = BlockReader(index, self._seed, "sample_caption")
+            self._reader = SampleReader(index, self._seed, "sample_caption")
             self._order = held_out_ids(index.provenance.samples, index.provenance.samples, self._seed)
         elif config.evaluate.labels == "frequency":
             assert index is not None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from uvit_dist import dist
 from uvit_dist.config import Config
-from uvit_dist.data.loader import Batch, BlockReader
+from uvit_dist.data.batch import Batch
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import held_out_ids
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.dist import Ranks
@@ -37,7 +38,7 @@ class Validation:
         log.info("validation on %d of the %d samples of %s", count, index.provenance.samples, index.path)
         batches = [ids[first : first + size] for first in range(0, count, size)]
         rounds = -(-len(batches) // ranks.world_size)
-        reader = BlockReader(index, config.seed, "held_out_caption")
+        reader = SampleReader(index, config.seed, "held_out_caption")
         # Under ZeRO-3 every rank must call the network equally often: those without a batch repeat the last one.
         self._mine = [
             (number < len(batches), reader.read_ids(batches[min(number, len(batches) - 1)]))

@@ -7,7 +7,7 @@ import torch
 from tests.integration.jobs import train_job
 from tests.ranks import run_ranks
 from tests.tiny import losses, records, same_tensors, saved_state, tiny_config, traces
-from uvit_dist.data.loader import BlockReader
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import held_out_ids
 from uvit_dist.data.shards import read_index
 from uvit_dist.loss import Objective
@@ -43,7 +43,7 @@ def test_it_is_the_loss_of_the_ema_on_those_samples_at_those_times(data_dir, one
     ids = held_out_ids(120, SAMPLES, config.seed)
     assert len(set(ids.tolist())) == SAMPLES
     objective = Objective(config)
-    batch = BlockReader(index, config.seed).read_ids(ids)
+    batch = SampleReader(index, config.seed).read_ids(ids)
     example = objective.example(batch, held_out=True)
     state = saved_state(one_rank, 10)
     for kind, key in (("ema", "validation_loss"), ("master", "validation_loss_weights")):

@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {
-    0: ["errors", "config", "config_rules", "config_yaml", "ema", "fid", "diffusion", "data.latents", "data.plan"],
+    0: ["errors", "config", "config_rules", "config_yaml", "ema", "fid", "diffusion", "data.latents", "data.plan", "data.journal"],
     1: ["models"],
-    2: ["data.loader", "data.shards", "work", "dist", "storage", "metrics"],
+    2: ["data.loader", "data.reader", "data.batch", "data.shards", "work", "dist", "storage", "metrics"],
     3: [
         "engine",
         "checkpoint",
@@ -31,9 +31,10 @@ PURE = {"numpy", "torch", "scipy", "pydantic", "ruamel"}
 OWNERS = {
     "deepspeed": {"engine"},
     "webdataset": {"data.loader", "data.shards"},
-    "fsspec": {"storage"},
-    "s3fs": {"storage"},
-    "obstore": {"storage"},
+    "fsspec": {"storage.files", "storage.remote"},
+    "s3fs": {"storage.remote"},
+    "obstore": {"storage.remote"},
+    "botocore": {"storage.remote"},
     "submitit": {"launch", "supervisor"},
     "diffusers": {"models.autoencoder"},
     "open_clip": {"models.text"},

@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import DEMO, ROOT
 from uvit_dist.config_yaml import load_config
-from uvit_dist.data.loader import Batch
+from uvit_dist.data.batch import Batch
 from uvit_dist.diffusion.schedule import DiscreteSchedule, VPSDESchedule
 from uvit_dist.loss import LossByTime, Objective, Trace
 

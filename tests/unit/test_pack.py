@@ -19,7 +19,7 @@ from data_tools.pack_latents import pack as pack_latents
 from data_tools.sources import DigitsSource
 from tests.tiny import tiny_config
 from uvit_dist.data.latents import Provenance, Sample
-from uvit_dist.data.loader import BlockReader
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import read_index, write_index, write_shard
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
 
@@ -30,7 +30,7 @@ PIXELS = ["data.space=pixels", "autoencoder=null", "model.in_chans=3", "model.im
 
 def read_all(config):
     index = read_index(config.data.index)
-    return index, BlockReader(index, 0).read_ids(np.arange(index.provenance.samples))
+    return index, SampleReader(index, 0).read_ids(np.arange(index.provenance.samples))
 
 
 def keys_of(index):
@@ -224,7 +224,7 @@ def test_official_features_of_coco_become_shards(tmp_path):
     assert np.array_equal(index.empty_context(), written["empty"])
     text = index.provenance.text
     assert (text.encoder_fingerprint, text.dtype, text.shape) == ("unknown", "float32", (77, 16))
-    reader, drawn = BlockReader(index, 0), {key: set() for key in keys}
+    reader, drawn = SampleReader(index, 0), {key: set() for key in keys}
     for epoch in range(40):
         for key, context in zip(keys, reader.read_ids(np.arange(6), epoch).contexts.numpy(), strict=True):
             drawn[key] |= {k for k, own in enumerate(written[key][1:]) if np.array_equal(own, context)}

@@ -14,7 +14,7 @@ from PIL import Image
 from data_tools.precompute_text import encode_captions, precompute
 from tests.tiny import tiny_config
 from uvit_dist import pretrained
-from uvit_dist.data.loader import BlockReader
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import EMPTY_CONTEXT, read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
 from uvit_dist.models import text
@@ -88,7 +88,7 @@ def test_every_caption_has_its_context(pictures, tower):
 
     autoencoder = load_autoencoder(config.autoencoder.encoder)
     assert made.encoder_fingerprint == autoencoder.encoder_fingerprint
-    batch = BlockReader(index, 0).read_ids(np.arange(5))
+    batch = SampleReader(index, 0).read_ids(np.arange(5))
     for key, data in zip(found, batch.data, strict=True):
         image = Image.open(pictures / f"{key}.png").crop((5, 0, 45, 40)).resize((32, 32), Image.Resampling.LANCZOS)
         x0 = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1.0

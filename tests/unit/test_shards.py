@@ -13,7 +13,8 @@ import torch
 import webdataset
 
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance, encode_array, pixels_to_x0, sample_latents
-from uvit_dist.data.loader import BlockReader, ShardLoader
+from uvit_dist.data.loader import ShardLoader
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import (
     EMPTY_CONTEXT,
@@ -265,7 +266,7 @@ def test_a_caption_is_drawn_for_each_sample_and_epoch(text_index_path):
 
 
 def test_any_samples_are_read_by_their_ids(text_index_path):
-    reader = BlockReader(read_index(str(text_index_path)), seed=3)
+    reader = SampleReader(read_index(str(text_index_path)), seed=3)
     ids = np.array([17, 2, 23, 2, 0])
     batch = reader.read_ids(ids, epoch=5)
     assert batch.ids.tolist() == ids.tolist()

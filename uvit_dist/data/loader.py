@@ -1,140 +1,46 @@
-"""The plan turned into batches: blocks read ahead by threads, every sample checked against its hash."""
+"""The plan turned into batches: parts of shards read ahead by threads, straight to the samples' places in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import xxhash
-from numpy.typing import NDArray
-from torch import Tensor
 
-from uvit_dist import storage
-from uvit_dist.data.plan import Ids, Pieces, Plan
+from uvit_dist.data.batch import Batch, Rows, RowsPool
+from uvit_dist.data.journal import Damage, Journal, Substitute, stand_ins
+from uvit_dist.data.plan import Ids, Plan
+from uvit_dist.data.reader import Outcome, Part, SampleReader
 from uvit_dist.data.shards import ShardIndex
-from uvit_dist.diffusion.keyed_random import keyed_bits
-from uvit_dist.errors import DataError
-
-MERGED_GAP = 1 << 15
-"""Bytes between two parts of a shard that are rather read too than left out by a request of their own."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One rank's samples of one step. data: (b, *shape) as stored, moments or pixels; labels, ids: (b,) int64.
+@dataclass
+class _Block:
+    """A block on its way, in the order it is served. planned, ids, labels: (n,); ids: with substitutes in place.
 
-    contexts: (b, L, D) as stored, of the caption drawn for each sample, or none.
+    failed: place → why the sample could not be read.
     """
 
-    step: int
-    epoch: int
-    ids: Tensor
-    labels: Tensor
-    data: Tensor
-    contexts: Tensor | None = None
-
-    def to(self, device: torch.device, part: slice = slice(None)) -> Batch:
-        """A part of the batch, on a device. Shapes as of the batch, (b, ...)."""
-        fields = (self.ids, self.labels, self.data, self.contexts)
-        moved = [None if field is None else field[part].to(device, non_blocking=True) for field in fields]
-        return Batch(self.step, self.epoch, *moved)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _Block:
+    planned: Ids
     ids: Ids
     labels: Ids
-    data: NDArray[Any]
-    contexts: NDArray[Any] | None
+    failed: dict[int, str] = field(default_factory=dict)
+    parts: list[Future[None]] = field(default_factory=list)
 
-
-class BlockReader:
-    """Reads samples of an index, any or in blocks, each checked against its hash; safe to call from several threads.
-
-    The caption of a sample is a function of (seed, purpose, epoch, id).
-    """
-
-    def __init__(self, index: ShardIndex, seed: int, caption_purpose: str = "caption") -> None:
-        self.index, self._seed, self._purpose = index, seed, caption_purpose
-        made = index.provenance
-        self._dtype, self._shape = np.dtype(made.dtype).newbyteorder("<"), made.shape
-        self._text = made.text
-        self._rows = lru_cache(maxsize=256)(index.rows)
-        self._context_rows = lru_cache(maxsize=256)(index.context_rows)
-
-    def read(self, pieces: Pieces, order: Ids, epoch: int) -> _Block:
-        """pieces: (shard, first, count) runs; order: permutation of them. Raises ``DataError`` on any damage."""
-        total = sum(count for _, _, count in pieces)
-        target = np.empty(total, dtype=np.int64)
-        target[order] = np.arange(total)
-        ids, labels = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
-        data = np.empty((total, *self._shape), dtype=self._dtype)
-        contexts = None
-        if self._text is not None:
-            contexts = np.empty((total, *self._text.shape), dtype=np.dtype(self._text.dtype).newbyteorder("<"))
-        done = 0
-        for shard, first, count in pieces:
-            rows = self._rows(shard)[first : first + count]
-            slots = target[done : done + count]
-            ids[slots] = self.index.starts[shard] + np.arange(first, first + count)
-            labels[slots] = rows["label"]
-            self._fill(shard, rows["offset"], rows["xxh3"], slots, data)
-            if contexts is not None:
-                drawn = self._draw_captions(shard, first, count, epoch, ids[slots])
-                self._fill(shard, drawn["offset"], drawn["xxh3"], slots, contexts)
-            done += count
-        return _Block(ids, labels, data, contexts)
-
-    def read_ids(self, ids: Ids, epoch: int = 0) -> Batch:
-        """The samples of the given ids, (b,), in this order. Raises ``DataError`` on any damage."""
-        shards = np.searchsorted(self.index.starts, ids, side="right") - 1
-        pieces = [(int(s), int(i - self.index.starts[s]), 1) for s, i in zip(shards, ids, strict=True)]
-        block = self.read(tuple(pieces), np.arange(len(ids)), epoch)
-        return _batch(0, epoch, [(block, slice(None))])
-
-    def _draw_captions(self, shard: int, first: int, count: int, epoch: int, ids: Ids) -> NDArray[Any]:
-        """CONTEXT_ROW of the caption drawn for each of a run of samples, (count,)."""
-        captions = self._rows(shard)["captions"].astype(np.int64)
-        starts = np.concatenate([[0], np.cumsum(captions)])[first : first + count]
-        words = keyed_bits(self._seed, self._purpose, epoch, torch.from_numpy(ids), 1)[:, 0].numpy()
-        return self._context_rows(shard)[starts + ((words * captions[first : first + count]) >> 32)]
-
-    def _fill(self, shard: int, offsets: Ids, hashes: NDArray[Any], slots: Ids, out: NDArray[Any]) -> None:
-        """Read items of out's kind at ``offsets``, ascending, into out[slots], each checked; near ones together."""
-        size = out[:1].nbytes
-        path = self.index.shard_path(shard)
-        starts = offsets.astype(np.int64)
-        apart = np.flatnonzero(np.diff(starts) > size + MERGED_GAP) + 1
-        for run in np.split(np.arange(len(starts)), apart):
-            begin, end = int(starts[run[0]]), int(starts[run[-1]]) + size
-            content = memoryview(storage.read_range(path, begin, end - begin))
-            for item in run:
-                payload = content[starts[item] - begin :][:size]
-                if xxhash.xxh3_64_intdigest(payload) != int(hashes[item]):
-                    raise DataError(
-                        f"{path}: the sample at byte {starts[item]} differs from the hash in the index: the shard is "
-                        "damaged. Make or copy this shard again."
-                    )
-                out[slots[item]] = np.frombuffer(payload, dtype=out.dtype).reshape(out.shape[1:])
-
-
-def _batch(step: int, epoch: int, parts: list[tuple[_Block, slice]]) -> Batch:
-    def joined(name: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([getattr(block, name)[cut] for block, cut in parts]))
-
-    contexts = None if parts[0][0].contexts is None else joined("contexts")
-    return Batch(step, epoch, joined("ids"), joined("labels"), joined("data"), contexts)
+    def wait(self) -> None:
+        """Raises what a part raised."""
+        for part in self.parts:
+            part.result()
+        self.parts.clear()
 
 
 class ShardLoader:
-    """Iterates over a rank's batches from a step on, for ever. Its whole state is the step.
+    """Iterates over a rank's batches from an update on, for ever. Its whole state is that number and the journal.
 
-    read_threads and prefetch_blocks (blocks ahead, in each lane) change how fast, never what.
+    read_threads (parts of shards read at once; 0: in the calling thread) and prefetch_blocks (blocks ahead, in each
+    lane) change how fast, never what. A batch's tensors are valid for as long as they are held.
     """
 
     def __init__(
@@ -146,51 +52,178 @@ class ShardLoader:
         start_step: int = 0,
         read_threads: int = 4,
         prefetch_blocks: int = 1,
+        journal: Journal | None = None,
     ) -> None:
-        self.plan, self.step, self.ahead = plan, start_step, prefetch_blocks
-        self._reader = BlockReader(index, plan.seed)
+        self.plan, self.step, self.journal = plan, start_step, journal or Journal()
+        self._index, self._names = index, [record.name for record in index.shards]
+        self._reader = SampleReader(index, plan.seed)
         self._lanes = plan.lanes_of_rank(rank, world_size)
-        self._pool = ThreadPoolExecutor(read_threads, thread_name_prefix="shard-reader")
-        self._blocks: dict[tuple[int, int, int], Future[_Block]] = {}
+        self._threads = ThreadPoolExecutor(read_threads, thread_name_prefix="shard-reader") if read_threads else None
+        self._ahead = prefetch_blocks if read_threads else 0
+        self._blocks: dict[tuple[int, int, int], _Block] = {}
+        self._memory, self._rows = RowsPool(index.provenance), dict[int, Rows]()
 
-    def _request(self, epoch: int, lane: int, block: int) -> Future[_Block]:
-        key = (epoch, lane, block)
-        if key not in self._blocks:
-            span = self.plan.block(epoch, lane, block)
-            self._blocks[key] = self._pool.submit(self._reader.read, span.pieces, span.order, epoch)
-        return self._blocks[key]
-
-    def _read_ahead(self, epoch: int, block: int) -> None:
-        blocks_in_lane = -(-self.plan.lane_length // self.plan.block_size)
-        in_a_step = -(-self.plan.per_lane // self.plan.block_size)
-        for k in range(self.ahead + in_a_step):
-            later, place = divmod(block + k, blocks_in_lane)
-            for lane in self._lanes:
-                self._request(epoch + later, lane, place)
-
-    def _take(self, epoch: int, lane: int, place: int) -> Iterator[tuple[_Block, slice]]:
-        end = place + self.plan.per_lane
-        while place < end:
-            block, offset = divmod(place, self.plan.block_size)
-            content = self._request(epoch, lane, block).result()
-            taken = min(end - place, len(content.ids) - offset)
-            yield content, slice(offset, offset + taken)
-            place += taken
-            if offset + taken == len(content.ids):
-                del self._blocks[epoch, lane, block]
+    def adopt(self, journal: Journal) -> None:
+        """Go on by a journal that all ranks have agreed on. What is read already is replaced where need be."""
+        self.journal = journal
 
     def __iter__(self) -> ShardLoader:
         return self
 
     def __next__(self) -> Batch:
-        epoch, in_epoch = self.plan.position(self.step)
+        step = self.journal.plan_step(self.step)
+        epoch, in_epoch = self.plan.position(step)
         place = in_epoch * self.plan.per_lane
-        self._read_ahead(epoch, place // self.plan.block_size)
-        parts = [part for lane in self._lanes for part in self._take(epoch, lane, place)]
-        batch = _batch(self.step, epoch, parts)
+        self._forget_before(epoch, place // self.plan.block_size, step)
+        self._read_ahead(epoch, place, step)
+        batch = self._assemble(step, epoch, place)
         self.step += 1
         return batch
 
     def close(self) -> None:
         """Stop reading; what is under way is abandoned."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # -- reading ahead ---------------------------------------------------------------------------------------------
+
+    def _forget_before(self, epoch: int, block: int, step: int) -> None:
+        for key in [key for key in self._blocks if (key[0], key[2]) < (epoch, block)]:
+            del self._blocks[key]
+        for passed in [other for other in self._rows if other < step]:
+            self._memory.give(self._rows.pop(passed))
+
+    def _read_ahead(self, epoch: int, place: int, step: int) -> None:
+        blocks_in_lane = -(-self.plan.lane_length // self.plan.block_size)
+        first, last = place // self.plan.block_size, (place + self.plan.per_lane - 1) // self.plan.block_size
+        for number in range(first, last + self._ahead + 1):
+            later, block = divmod(number, blocks_in_lane)
+            for lane in self._lanes:
+                if (epoch + later, lane, block) not in self._blocks:
+                    self._blocks[epoch + later, lane, block] = self._request(epoch + later, lane, block, step)
+
+    def _rows_of(self, step: int) -> Rows:
+        if step not in self._rows:
+            self._rows[step] = self._memory.take(len(self._lanes) * self.plan.per_lane)
+        return self._rows[step]
+
+    def _request(self, epoch: int, lane: int, number: int, now: int) -> _Block:
+        """Have a block read: each sample to its place in the batch of its step, if that step is still to come."""
+        plan, span = self.plan, self.plan.block(epoch, lane, number)
+        count = len(span.order)
+        runs = [self._index.starts[shard] + np.arange(first, first + n) for shard, first, n in span.pieces]
+        planned = np.concatenate(runs)[span.order]
+        block = _Block(planned, planned.copy(), np.full(count, -1, dtype=np.int64))
+        places = number * plan.block_size + np.arange(count)
+        steps = (epoch * plan.steps_per_epoch + places // plan.per_lane).tolist()
+        slots = ((lane - self._lanes.start) * plan.per_lane + places % plan.per_lane).tolist()
+        skipped = {s for s in set(steps) if any(a <= s <= b for a, b in self.journal.skipped_steps)}
+        served = np.empty(count, dtype=np.int64)
+        served[span.order] = np.arange(count)
+        rows = {s: self._rows_of(s) for s in sorted(set(steps)) if s >= now and s not in skipped}
+        targets: list[tuple[Rows, int] | None] = [
+            (rows[s], slot) if s in rows else None for s, slot in zip(steps, slots, strict=True)
+        ]
+        self._divert(block, epoch, steps, targets)
+        done = 0
+        for piece in span.pieces:
+            for shard, first, n in self._reader.cut(*piece):
+                where = served[done : done + n]
+                part = Part(shard, first, [targets[place] for place in where.tolist()])
+                if any(target is not None for target in part.rows):
+                    self._submit(block, part, epoch, where)
+                done += n
+        return block
+
+    def _divert(self, block: _Block, epoch: int, steps: list[int], targets: list[tuple[Rows, int] | None]) -> None:
+        """Read substitutes for samples of shards in quarantine, and not these."""
+        shards = self._index.shard_of(block.planned)
+        if not self.journal.out_of_use(self._names, max(steps)) & set(shards.tolist()):
+            return
+        for place, (target, step) in enumerate(zip(targets, steps, strict=True)):
+            out = self.journal.out_of_use(self._names, step)
+            if target is not None and int(shards[place]) in out:
+                targets[place] = None
+                block.ids[place] = sample = next(self._stand_ins(epoch, int(block.planned[place]), out))
+                self._submit(block, self._part_of(sample, target), epoch, np.array([place]))
+
+    def _submit(self, block: _Block, part: Part, epoch: int, where: Ids) -> None:
+        """Read a part, now or in a thread. where: places of its samples in the block."""
+
+        def read() -> None:
+            outcome = self._reader.read(part, epoch)
+            block.labels[where] = np.where(outcome.labels >= 0, outcome.labels, block.labels[where])
+            block.failed.update({int(where[place]): reason for place, reason in outcome.failed.items()})
+
+        block.parts.append(self._later(read))
+
+    def _later(self, work: Callable[[], None]) -> Future[None]:
+        if self._threads is not None:
+            return self._threads.submit(work)
+        done: Future[None] = Future()
+        work()
+        done.set_result(None)
+        return done
+
+    # -- a batch ---------------------------------------------------------------------------------------------------
+
+    def _assemble(self, step: int, epoch: int, place: int) -> Batch:
+        cuts = [cut for lane in self._lanes for cut in self._take(epoch, lane, place)]
+        planned, ids, labels = (
+            np.concatenate([getattr(block, name)[cut] for block, cut in cuts]) for name in ("planned", "ids", "labels")
+        )
+        failed, begin = dict[int, str](), 0
+        for block, cut in cuts:
+            if block.failed:
+                found = ((place - cut.start + begin, why) for place, why in block.failed.items())
+                failed |= {slot: why for slot, why in found if begin <= slot < begin + cut.stop - cut.start}
+            begin += cut.stop - cut.start
+        rows = self._rows.pop(step)
+        damage, used = self._replace(step, epoch, failed, planned, ids, labels, rows)
+        tensors = rows.tensors(self._memory)
+        return Batch(step, epoch, torch.from_numpy(ids), torch.from_numpy(labels), *tensors, damage, used)
+
+    def _take(self, epoch: int, lane: int, place: int) -> Iterator[tuple[_Block, slice]]:
+        end = place + self.plan.per_lane
+        while place < end:
+            number, offset = divmod(place, self.plan.block_size)
+            block = self._blocks[epoch, lane, number]
+            block.wait()
+            taken = min(end - place, len(block.ids) - offset)
+            yield block, slice(offset, offset + taken)
+            place += taken
+
+    def _replace(
+        self, step: int, epoch: int, failed: dict[int, str], planned: Ids, ids: Ids, labels: Ids, rows: Rows
+    ) -> tuple[tuple[Damage, ...], tuple[Substitute, ...]]:
+        """Put substitutes, in place, where samples could not be read or are of shards now in quarantine."""
+        out = self.journal.out_of_use(self._names, step)
+        wrong = set(failed)
+        if out:
+            wrong |= set(np.flatnonzero(np.isin(self._index.shard_of(ids), list(out))).tolist())
+        damage: dict[Damage, None] = {}
+        used = []
+        for slot in sorted(wrong):
+            shard = int(self._index.shard_of(ids[slot : slot + 1])[0])
+            if slot in failed and shard not in out:
+                damage[Damage(self._names[shard], failed[slot])] = None
+            for sample in self._stand_ins(epoch, int(planned[slot]), out):
+                part = self._part_of(sample, (rows, slot))
+                outcome: Outcome = self._reader.read(part, epoch)
+                if not outcome.failed:
+                    break
+                damage[Damage(self._names[part.shard], outcome.failed[0])] = None
+            ids[slot], labels[slot] = sample, outcome.labels[0]
+            if slot in failed:
+                used.append(Substitute(step, int(planned[slot]), sample))
+        return tuple(damage), tuple(used)
+
+    def _stand_ins(self, epoch: int, planned: int, out: frozenset[int]) -> Iterator[int]:
+        def allowed(sample: int) -> bool:
+            return int(self._index.shard_of(np.array([sample]))[0]) not in out
+
+        return stand_ins(self.plan.seed, epoch, planned, self._index.provenance.samples, allowed)
+
+    def _part_of(self, sample: int, target: tuple[Rows, int]) -> Part:
+        shard = int(self._index.shard_of(np.array([sample]))[0])
+        return Part(shard, sample - int(self._index.starts[shard]), [target])

@@ -163,6 +163,10 @@ class ShardIndex:
         """Id of the first sample of each shard."""
         return np.concatenate([[0], np.cumsum(self.counts)])[:-1].astype(np.int64)
 
+    def shard_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shard of each of the given samples. ids: (b,). Returns (b,) int64."""
+        return np.searchsorted(self.starts, ids, side="right").astype(np.int64) - 1
+
     def shard_path(self, shard: int) -> str:
         """Path or URL of a shard's tar."""
         return storage.join(storage.parent(self.path), self.shards[shard].name)

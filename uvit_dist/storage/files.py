@@ -1,4 +1,4 @@
-"""Files, on local disks and (through fsspec) behind URLs such as ``s3://``: ranged reads, sizes, atomic writes."""
+"""One way to local paths and URLs: ranged reads, streams, sizes, listings, atomic writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -17,6 +19,11 @@ from urllib.parse import urlsplit
 import fsspec
 
 from uvit_dist.errors import DataError, MissingInputError, OutputError
+from uvit_dist.storage import remote
+from uvit_dist.storage.part_cache import cache
+
+PART = 8 << 20
+"""Bytes of one ranged request of a stream."""
 
 
 def is_remote(path: str) -> bool:
@@ -34,70 +41,98 @@ def parent(path: str) -> str:
     return path.rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
 
 
-def _remote(path: str) -> tuple[Any, str]:
-    return fsspec.core.url_to_fs(path, use_listings_cache=False)
+def _ask(path: str, question: str, **options: Any) -> Any:
+    """What a method of the URL's file system says, asked again after faults that pass."""
+
+    def ask(progress: object) -> Any:
+        filesystem, key = remote.filesystem(path)
+        return getattr(filesystem, question)(key, **options)
+
+    return remote.persistently(path, ask)
 
 
 def exists(path: str) -> bool:
-    """Whether a file or directory is there."""
-    if is_remote(path):
-        filesystem, key = _remote(path)
-        return bool(filesystem.exists(key))
-    return os.path.exists(path)
+    """Whether a file or directory is there. Raises ``UnavailableError``."""
+    return bool(_ask(path, "exists")) if is_remote(path) else os.path.exists(path)
 
 
 def size(path: str) -> int:
-    """Bytes in a file. Raises ``MissingInputError``."""
+    """Bytes in a file. Raises ``MissingInputError``, ``UnavailableError``."""
     with _explained(path):
-        if is_remote(path):
-            filesystem, key = _remote(path)
-            return int(filesystem.size(key))
-        return os.stat(path).st_size
+        return int(_ask(path, "size")) if is_remote(path) else os.stat(path).st_size
 
 
 def sizes_in(directory: str) -> dict[str, int]:
     """Name → bytes of the files right in a directory, by one listing. Empty where there is none."""
     if is_remote(directory):
-        filesystem, key = _remote(directory)
         with contextlib.suppress(FileNotFoundError):
-            return {
-                Path(e["name"]).name: int(e["size"]) for e in filesystem.ls(key, detail=True) if e["type"] == "file"
-            }
+            entries = _ask(directory, "ls", detail=True)
+            return {Path(e["name"]).name: int(e["size"]) for e in entries if e["type"] == "file"}
         return {}
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     return {}
 
 
-def read_bytes(path: str) -> bytes:
-    """A whole file. Raises ``MissingInputError``."""
+def read_bytes(path: str, cache_as: str | None = None) -> bytes:
+    """A whole file. cache_as: its name in the cache. Raises ``MissingInputError``, ``UnavailableError``."""
+    if is_remote(path):
+        return read_range(path, 0, size(path), cache_as)  # of known length: a short answer is noticed
     with _explained(path):
-        if is_remote(path):
-            filesystem, key = _remote(path)
-            return bytes(filesystem.cat_file(key))
         return Path(path).read_bytes()
 
 
-def read_range(path: str, offset: int, length: int) -> bytes:
-    """``length`` bytes from ``offset``. Raises ``DataError`` where the file ends before, ``MissingInputError``."""
+def read_into(path: str, offset: int, view: memoryview, cache_as: str | None = None) -> int:
+    """Fill ``view`` (flat bytes) from ``offset`` of a file. Returns how much there was: less only at the file's end.
+
+    cache_as: the name of this range in the cache. Raises ``MissingInputError``, ``UnavailableError``.
+    """
     with _explained(path):
-        if is_remote(path):
-            filesystem, key = _remote(path)
-            data = bytes(filesystem.cat_file(key, start=offset, end=offset + length))
-        else:
+        if not is_remote(path):
             with open(path, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), length, offset)
-                while data and len(data) < length:
-                    piece = os.pread(file.fileno(), length - len(data), offset + len(data))
-                    if not piece:
+                got = 0
+                while got < len(view):
+                    read = os.preadv(file.fileno(), [view[got:]], offset + got)
+                    if read == 0:
                         break
-                    data += piece
-    if len(data) != length:
+                    got += read
+            return got
+        kept = cache() if cache_as is not None else None
+        if kept is None or cache_as is None:
+            return remote.read_into(path, offset, view)
+        if kept.read_into(cache_as, view):
+            return len(view)
+        got = remote.read_into(path, offset, view)
+        if got == len(view):
+            kept.write(cache_as, view)
+        return got
+
+
+def read_range(path: str, offset: int, length: int, cache_as: str | None = None) -> bytes:
+    """``length`` bytes from ``offset``. cache_as: the name of this range in the cache.
+
+    Raises ``DataError`` where the file ends before, ``MissingInputError``, ``UnavailableError``.
+    """
+    data = bytearray(length)
+    got = read_into(path, offset, memoryview(data), cache_as)
+    if got != length:
         raise DataError(
-            f"{path}: ends at byte {offset + len(data)} where {offset + length} are expected: the file is truncated. "
+            f"{path}: ends at byte {offset + got} where {offset + length} are expected: the file is truncated. "
             "Make or copy this shard again."
         )
-    return data
+    return bytes(data)
+
+
+def stream(path: str, length: int, ahead: int = 4) -> Iterator[bytes]:
+    """A file of known length in order, in parts, so many of them requested ahead. Raises as ``read_range`` does."""
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(max(1, ahead), thread_name_prefix="stream") as pool:
+        for offset in range(0, length, PART):
+            waiting.append(pool.submit(read_range, path, offset, min(PART, length - offset)))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def make_directory(directory: str) -> None:
@@ -135,11 +170,10 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
     """
     try:
         if is_remote(path):
-            filesystem, key = _remote(path)
             with tempfile.NamedTemporaryFile() as spool:
                 yield spool
                 spool.flush()
-                filesystem.put_file(spool.name, key)
+                _upload(spool.name, path)
             return
         os.makedirs(parent(path), exist_ok=True)
         temporary = f"{path}.tmp-{uuid.uuid4().hex}"
@@ -155,6 +189,19 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
                 os.unlink(temporary)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _upload(local: str, path: str) -> None:
+    """Raises ``OSError`` where the object is not as long as the file."""
+
+    def put(progress: object) -> None:
+        filesystem, key = remote.filesystem(path)
+        filesystem.put_file(local, key)
+        sent, there = os.path.getsize(local), int(filesystem.size(key))
+        if there != sent:
+            raise OSError(f"{there} of {sent} bytes arrived")
+
+    remote.persistently(path, put)
 
 
 @contextlib.contextmanager
@@ -175,6 +222,15 @@ def write_bytes(path: str, data: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_write(path) as file:
         file.write(data)
+
+
+def remove(path: str) -> None:
+    """Delete a file; one that is not there is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(path):
+            _ask(path, "rm_file")
+        else:
+            os.unlink(path)
 
 
 def remove_tree(directory: str | Path) -> None:

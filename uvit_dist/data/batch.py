@@ -1,0 +1,96 @@
+"""A batch of samples, and the memory it lies in: reused as soon as nothing holds its tensors any more.
+
+Fresh memory costs more than the reading: the system zeroes every page of it. So samples are read straight to their
+place in a batch, in memory that an earlier batch has left.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit_dist.data.journal import Damage, Substitute
+from uvit_dist.data.latents import Provenance
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's samples of one step. data: (b, *shape) as stored, moments or pixels; labels, ids: (b,) int64.
+
+    contexts: (b, L, D) as stored, of the caption drawn for each sample, or none. damage, substitutes: what was found
+    wrong as this batch was read, and the samples that stand in for it.
+    """
+
+    step: int
+    epoch: int
+    ids: Tensor
+    labels: Tensor
+    data: Tensor
+    contexts: Tensor | None = None
+    damage: tuple[Damage, ...] = ()
+    substitutes: tuple[Substitute, ...] = ()
+
+    def to(self, device: torch.device, part: slice = slice(None)) -> Batch:
+        """A part of the batch, on a device. Shapes as of the batch, (b, ...)."""
+        fields = (self.ids, self.labels, self.data, self.contexts)
+        moved = [None if field is None else field[part].to(device, non_blocking=True) for field in fields]
+        return Batch(self.step, self.epoch, *moved)  # type: ignore[arg-type]
+
+
+class Rows:
+    """Memory for the data (and contexts) of ``count`` samples; ``data[i]``, ``contexts[i]`` are the bytes of one."""
+
+    def __init__(self, made: Provenance, count: int) -> None:
+        self.count = count
+        self._arrays = [np.empty((count, *made.shape), dtype=np.dtype(made.dtype).newbyteorder("<"))]
+        if made.text is not None:
+            kind = np.dtype(made.text.dtype).newbyteorder("<")
+            self._arrays.append(np.empty((count, *made.text.shape), dtype=kind))
+        self.data, *rest = (_cut(array) for array in self._arrays)
+        self.contexts = rest[0] if rest else []
+
+    def tensors(self, pool: RowsPool | None = None) -> tuple[Tensor, Tensor | None]:
+        """Data (count, *shape) and contexts (count, L, D) in this memory. It goes back to ``pool`` after their end."""
+        out = []
+        left = [len(self._arrays)]
+        for array in self._arrays:
+            view = array.view()
+            if pool is not None:
+                weakref.finalize(view, _returned, left, pool, self).atexit = False
+            out.append(torch.from_numpy(view))  # holds the view as long as any tensor shares its storage
+        return out[0], out[1] if len(out) > 1 else None
+
+
+def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:
+    left[0] -= 1
+    if not left[0]:
+        pool.give(rows)
+
+
+def _cut(array: np.ndarray) -> list[memoryview]:
+    flat = memoryview(array.reshape(len(array), -1).view(np.uint8))
+    size = flat.nbytes // max(1, len(array))
+    whole = flat.cast("B")
+    return [whole[number * size : (number + 1) * size] for number in range(len(array))]
+
+
+class RowsPool:
+    """Memory of batches that nothing uses any more, ready for the next. The one left last is taken first."""
+
+    def __init__(self, made: Provenance) -> None:
+        self._made = made
+        self._free: list[Rows] = []
+
+    def take(self, count: int) -> Rows:
+        """Memory for ``count`` samples, its content left from before."""
+        if self._free and self._free[-1].count == count:
+            return self._free.pop()
+        return Rows(self._made, count)
+
+    def give(self, rows: Rows) -> None:
+        """Take memory back."""
+        self._free.append(rows)

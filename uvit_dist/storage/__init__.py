@@ -1,0 +1,50 @@
+"""Files, on local disks and behind URLs such as ``s3://``: ranged reads with retries, atomic writes, a local cache."""
+
+from uvit_dist.storage.files import (
+    atomic_write,
+    exists,
+    fsync_directory,
+    is_remote,
+    join,
+    local_weights,
+    locked,
+    make_directory,
+    parent,
+    read_bytes,
+    read_into,
+    read_range,
+    remove,
+    remove_tree,
+    size,
+    sizes_in,
+    stream,
+    write_bytes,
+)
+from uvit_dist.storage.part_cache import cache, forget
+from uvit_dist.storage.remote import COUNTS, Counts, configure
+
+__all__ = [
+    "COUNTS",
+    "Counts",
+    "atomic_write",
+    "cache",
+    "configure",
+    "exists",
+    "forget",
+    "fsync_directory",
+    "is_remote",
+    "join",
+    "local_weights",
+    "locked",
+    "make_directory",
+    "parent",
+    "read_bytes",
+    "read_into",
+    "read_range",
+    "remove",
+    "remove_tree",
+    "size",
+    "sizes_in",
+    "stream",
+    "write_bytes",
+]

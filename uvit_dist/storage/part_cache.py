@@ -1,0 +1,142 @@
+"""A cache of parts of remote files on a node's own disk: bounded, least recently used goes first, shared by processes.
+
+A part is a file that appears whole. What is used is counted in a ledger under a lock, so that the ranks of a node, and
+of several runs, keep the limit together; a ledger that a killed process left wrong is corrected by the next eviction.
+Its content is trusted no more than the network's: whoever reads checks hashes, and drops what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from uvit_dist.storage import remote
+
+log = logging.getLogger(__name__)
+_LEDGER = "ledger"
+_ABANDONED_S = 3600.0
+"""Age at which a temporary file is one that a killed process left."""
+_ROOM = 0.9
+"""Share of the limit that an eviction leaves in use."""
+
+
+class PartCache:
+    """Parts by name, below a directory, of at most ``limit`` bytes in all."""
+
+    def __init__(self, directory: str, limit: int) -> None:
+        self._root, self._limit, self._on = Path(directory, "parts"), limit, True
+
+    def _path(self, name: str) -> Path:
+        return self._root / name[:2] / name
+
+    def read_into(self, name: str, view: memoryview) -> bool:
+        """Fill ``view`` (flat bytes) with a part, if it is here in that size."""
+        if not self._on:
+            return False
+        try:
+            with open(self._path(name), "rb", buffering=0) as file:
+                found = os.fstat(file.fileno()).st_size == len(view) and file.readinto(view) == len(view)
+                os.utime(file.fileno())  # used now
+        except OSError:
+            found = False
+        remote.COUNTS.add(**{"cache_hits" if found else "cache_misses": 1})
+        return found
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Keep a part. A disk that refuses turns the cache off for this process, and is no error."""
+        if not self._on or len(data) > self._limit * _ROOM:
+            return
+        path = self._path(name)
+        temporary = path.with_name(f"{name}.tmp-{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                return
+            self._reserve(len(data))
+            try:
+                with open(temporary, "wb", buffering=0) as file:
+                    if file.write(data) != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                temporary.rename(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            self._on = False
+            log.warning(
+                "storage.cache_dir %s: cannot be written (%s); this process goes on without it",
+                self._root.parent,
+                error.strerror or error,
+            )
+
+    def drop(self, name: str) -> None:
+        """Delete a part that proved wrong."""
+        with contextlib.suppress(OSError):
+            self._path(name).unlink()
+
+    @contextlib.contextmanager
+    def _ledger(self) -> Iterator[int]:
+        self._root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._root / _LEDGER, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _reserve(self, size: int) -> None:
+        """Count ``size`` bytes as used, after making room for them."""
+        with self._ledger() as ledger:
+            text = os.pread(ledger, 32, 0).strip()
+            used = int(text) if text.isdigit() else self._evict(size)
+            if used + size > self._limit:
+                used = self._evict(size)
+            os.pwrite(ledger, b"%-32d" % (used + size), 0)
+
+    def _evict(self, size: int) -> int:
+        """Delete the least recently used parts until ``size`` more fit well. Returns the bytes in use."""
+        found, now = [], time.time()
+        for folder in self._root.iterdir():
+            if folder.is_dir():
+                for entry in os.scandir(folder):
+                    with contextlib.suppress(FileNotFoundError):
+                        facts = entry.stat()
+                        abandoned = ".tmp-" in entry.name and now - facts.st_mtime > _ABANDONED_S
+                        found.append((0.0 if abandoned else facts.st_mtime, facts.st_size, entry.path))
+        used = sum(length for _, length, _ in found)
+        for _, length, path in sorted(found):
+            if used + size <= self._limit * _ROOM:
+                break
+            if ".tmp-" in path and now - os.stat(path).st_mtime <= _ABANDONED_S:
+                continue  # being written
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            used -= length
+        return used
+
+
+_made: dict[tuple[str, float], PartCache] = {}
+
+
+def cache() -> PartCache | None:
+    """The cache that the storage section asks for, or none."""
+    section = remote.settings()
+    if section.cache_dir is None or section.cache_gb is None:
+        return None
+    key = (section.cache_dir, section.cache_gb)
+    if key not in _made:
+        _made[key] = PartCache(section.cache_dir, int(section.cache_gb * 1e9))
+    return _made[key]
+
+
+def forget(name: str) -> None:
+    """Delete a part from the cache, if there is one: what it held was wrong."""
+    kept = cache()
+    if kept is not None:
+        kept.drop(name)
