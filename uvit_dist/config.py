@@ -100,7 +100,9 @@ class DataConfig(Section):
     block_size: int = Field(1024, gt=0, description="samples read and shuffled together within a lane")
     prefetch_blocks: int = Field(1, ge=0, description="blocks read ahead in each lane; changes nothing but time")
     read_threads: int = Field(
-        4, ge=0, description="parts of shards read at once, per rank; 0: in the training thread; changes nothing but time"
+        4,
+        ge=0,
+        description="parts of shards read at once, per rank; 0: in the training thread; changes nothing but time",
     )
     quarantine_limit: float = Field(
         0.01,

@@ -46,13 +46,13 @@ class Fragment:
 class StepResult:
     """loss: mean over the global batch; grad_norm: of the averaged gradient, before clipping; lr: of this update.
 
-    flag: whether any rank raised its flag.
+    flags: of each flag, whether any rank raised it.
     """
 
     loss: float
     grad_norm: float
     lr: float
-    flag: bool
+    flags: tuple[bool, ...]
 
 
 class _Autocast(nn.Module):
@@ -138,12 +138,12 @@ class Engine:
     # -- one update -----------------------------------------------------------------------------------------------
 
     def train_step(
-        self, micro_batches: Sequence[Any], loss_of: Callable[[nn.Module, Any], Tensor], flag: bool = False
+        self, micro_batches: Sequence[Any], loss_of: Callable[[nn.Module, Any], Tensor], flags: Sequence[bool] = ()
     ) -> StepResult:
         """One optimizer update over this rank's micro-batches, then the EMA.
 
-        loss_of(network, micro_batch) is the mean loss, a scalar; flag: something to tell all ranks (a signal, say).
-        Every rank learns the same loss, gradient norm and flag, by one collective.
+        loss_of(network, micro_batch) is the mean loss, a scalar; flags: things to tell all ranks (a signal, say), as
+        many on each. Every rank learns the same loss, gradient norm and flags, by one collective.
         Raises ``NumericalError`` on every rank, before anything is changed, where one of them is not finite.
         """
         assert len(micro_batches) == self._micro_batches
@@ -158,7 +158,7 @@ class Engine:
             losses.append(loss.detach().float())
             if number < len(micro_batches) - 1:
                 self._ds.step()  # not yet an update: it counts micro-batches
-        loss_mean, grad_norm, any_flag = self._agree(torch.stack(losses).mean(), flag)
+        loss_mean, grad_norm, raised = self._agree(torch.stack(losses).mean(), flags)
         if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
             raise NumericalError(
                 f"step {self.step}: loss {loss_mean}, gradient norm {grad_norm}: not finite; the update was not made. "
@@ -169,7 +169,7 @@ class Engine:
         assert self._ds.was_step_applied(), "DeepSpeed skipped an update whose gradient is finite"
         ema_update_(self._ema, self._masters, ema_decay_at(self.step, self.config.ema.decay, self.config.ema.warmup))
         self.step += 1
-        return StepResult(loss_mean, grad_norm, lr, any_flag)
+        return StepResult(loss_mean, grad_norm, lr, raised)
 
     @torch.no_grad()
     def forward_only(self, compute: Callable[[nn.Module], Any]) -> Any:
@@ -191,15 +191,15 @@ class Engine:
                 master.data.copy_(value)
             self._refresh_parameters()
 
-    def _agree(self, loss: Tensor, flag: bool) -> tuple[float, float, bool]:
-        """Mean loss, gradient norm and whether any flag is up, over all ranks."""
+    def _agree(self, loss: Tensor, flags: Sequence[bool]) -> tuple[float, float, tuple[bool, ...]]:
+        """Mean loss, gradient norm and of each flag whether it is up on any rank."""
         squares = [gradient.float().square().sum() for gradient in self._local_gradients()]
         norm_square = torch.stack(squares).sum() if squares else loss.new_zeros(())
         if self.config.zero.stage == 0:  # every rank holds all of the gradient
             norm_square = norm_square / self.ranks.world_size
-        told = torch.stack([loss / self.ranks.world_size, norm_square, loss.new_tensor(float(flag))])
-        mean, total, flags = dist.sum_(told).tolist()
-        return mean, math.sqrt(total) if total >= 0 else math.nan, flags > 0
+        told = torch.stack([loss / self.ranks.world_size, norm_square, *loss.new_tensor([float(f) for f in flags])])
+        mean, total, *raised = dist.sum_(told).tolist()
+        return mean, math.sqrt(total) if total >= 0 else math.nan, tuple(count > 0 for count in raised)
 
     def _local_gradients(self) -> list[Tensor]:
         """The averaged gradients that this rank owns (at stage 0 all of them)."""

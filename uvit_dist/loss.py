@@ -10,8 +10,8 @@ import xxhash
 from torch import Tensor, nn
 
 from uvit_dist.config import Config
-from uvit_dist.data.latents import pixels_to_x0, sample_latents
 from uvit_dist.data.batch import Batch
+from uvit_dist.data.latents import pixels_to_x0, sample_latents
 from uvit_dist.diffusion.keyed_random import keyed_bits, keyed_normal, keyed_uniform
 from uvit_dist.diffusion.objective import add_noise, drop_labels, noise_loss
 from uvit_dist.diffusion.schedule import SCHEDULES

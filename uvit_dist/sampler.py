@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from uvit_dist.config import Config
-from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import Ids, held_out_ids
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.diffusion.guidance import NoisePredictor, noise_predictor
 from uvit_dist.diffusion.keyed_random import keyed_bits, keyed_integers, keyed_normal

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from uvit_dist import __version__, checkpoint, dist, preflight, storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import dump_config
-from uvit_dist.data.loader import Batch, ShardLoader
+from uvit_dist.data.batch import Batch
+from uvit_dist.data.journal import Journal
+from uvit_dist.data.loader import ShardLoader
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.dist import Ranks
@@ -41,11 +43,8 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     index, held_out = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
     plan = preflight.make_plan(config, index)
     engine = Engine(initial_network(config, ranks), config, ranks)
-    resume(engine, config, index, ranks)
-    data = config.data
-    loader = ShardLoader(
-        index, plan, ranks.rank, ranks.world_size, engine.step, data.read_threads, data.prefetch_blocks
-    )
+    journal = resume(engine, config, index, ranks)
+    loader = open_loader(config, index, plan, ranks, engine.step, journal)
     objective = Objective(config, preflight.empty_context(index))
     validation = Validation(config, held_out, objective, ranks) if held_out is not None else None
     report = Report(config, ranks, engine.step)
@@ -58,7 +57,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         return losses.mean()
 
     def save() -> int:
-        manifest = make_manifest(engine.step, engine.shapes, plan, config, index)
+        manifest = make_manifest(engine.step, engine.shapes, plan, config, index, loader.journal)
         checkpoint.save(config.run_dir, engine.local_state(), manifest, ranks, config.checkpoint.keep)
         return engine.step
 
@@ -66,8 +65,11 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     while engine.step < config.train.steps and not stopped:
         with report.waiting():
             batch = next(loader)
-        result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, flag=stop.raised)
-        stopped = result.flag
+        flags = (stop.raised, bool(batch.damage))
+        result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, flags)
+        stopped, damaged = result.flags
+        if damaged:
+            loader.adopt(agreed(loader.journal, batch, config, index))
         told = {}
         if validation is not None and validation.due(engine.step) and not stopped:
             with report.aside():
@@ -84,6 +86,30 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         checkpoint.export_weights(config.run_dir, Path(config.run_dir, "ema.safetensors"), "ema")
     log.info("%s after step %d", "complete" if complete else "stopped, and saved,", engine.step)
     return complete
+
+
+def open_loader(
+    config: Config, index: ShardIndex, plan: Plan, ranks: Ranks, step: int, journal: Journal
+) -> ShardLoader:
+    """This rank's batches from the update number ``step`` on."""
+    data = config.data
+    return ShardLoader(
+        index, plan, ranks.rank, ranks.world_size, step, data.read_threads, data.prefetch_blocks, journal
+    )
+
+
+def agreed(journal: Journal, batch: Batch, config: Config, index: ShardIndex) -> Journal:
+    """The journal after a step in which some rank found damage, equal on all. A collective call.
+
+    Raises ``DataError`` on every rank where more shards are damaged than ``data.quarantine_limit`` allows.
+    """
+    told = dist.gather((batch.damage, batch.substitutes))
+    found = [damage for damages, _ in told for damage in damages]
+    for name, reason in sorted({(damage.name, damage.reason) for damage in found}):
+        log.warning("%s: %s; substitutes stand in for it", name, reason)
+    journal = journal.after(batch.step, found, [used for _, substitutes in told for used in substitutes])
+    journal.check_budget(len(index.shards), config.data.quarantine_limit, storage.parent(index.path))
+    return journal
 
 
 def initial_network(config: Config, ranks: Ranks) -> UViT:
@@ -114,20 +140,20 @@ def micro_batches(batch: Batch, config: Config, device: torch.device) -> Iterato
 
 
 def make_manifest(
-    step: int, shapes: Mapping[str, Sequence[int]], plan: Plan, config: Config, index: ShardIndex
+    step: int, shapes: Mapping[str, Sequence[int]], plan: Plan, config: Config, index: ShardIndex, journal: Journal
 ) -> dict[str, Any]:
     """What a checkpoint says of itself: three integers of state, and what a resumed run must agree with.
 
     step: updates made; shapes: of the parameters, by name.
     """
-    epoch, step_in_epoch = plan.position(step)
+    epoch, step_in_epoch = plan.position(journal.plan_step(step))
     return {
         "step": step,
         "epoch": epoch,
         "step_in_epoch": step_in_epoch,
         "samples_seen": step * config.train.global_batch_size,
         "must_agree": must_agree(config, index),
-        "journal": {"skipped_steps": [], "quarantined_shards": [], "substitutes": {}},
+        "journal": journal.to_dict(),
         "config": config.model_dump(mode="json"),
         "text_encoder": index.provenance.text.encoder_fingerprint if index.provenance.text else None,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
@@ -151,8 +177,8 @@ def must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
     }
 
 
-def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> None:
-    """Load the newest whole checkpoint into the engine, if the run has one. A collective call.
+def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> Journal:
+    """Load the newest whole checkpoint into the engine, if the run has one. Returns its journal. A collective call.
 
     The configuration becomes the run's ``config.yaml`` only once it is accepted; what it changes is logged.
     Raises ``CheckpointError`` where there are checkpoints and none is whole, ``DataError`` where the configuration
@@ -185,10 +211,14 @@ def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> N
     path = dist.on_main(ranks, choose)
     if path is None:
         log.info("%s holds no checkpoint: this is step 0", config.run_dir)
-        return
+        return Journal()
     reader = checkpoint.CheckpointReader(path)
     engine.load_state(reader.read, reader.manifest["step"])
     log.info("resumed from %s", path)
+    journal = Journal.from_dict(reader.manifest["journal"])
+    for shard in journal.quarantined_shards:
+        log.warning("%s is in quarantine from the data of step %d on: %s", shard.name, shard.from_step, shard.reason)
+    return journal
 
 
 def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
@@ -212,6 +242,7 @@ class Report:
         self._losses: list[float] = []
         self._since = time.monotonic()
         self._waited = 0.0
+        self._read = storage.COUNTS.snapshot()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -252,7 +283,7 @@ class Report:
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 "images_per_s": len(self._losses) * batch / (now - self._since),
-                "data_wait_s": self._waited,
+                **self._data_record(now - self._since),
                 "time": time.time(),
                 **validation,
             }
@@ -264,6 +295,20 @@ class Report:
         self._progress.update(step, record)
         if self.trace is not None:
             self._write_trace(step, self.trace)
+
+    def _data_record(self, elapsed_s: float) -> dict[str, float]:
+        """How the data came since the last record: sums over all ranks, the wait the mean of a rank's step."""
+        before, now = self._read, storage.COUNTS.snapshot()
+        self._read = now
+        names = ("requests", "bytes", "retries", "cache_hits", "cache_misses")
+        counts = [float(getattr(now, name) - getattr(before, name)) for name in names]
+        waited, *total = dist.sum_(torch.tensor([self._waited, *counts], dtype=torch.float64, device=self.ranks.device))
+        record = {f"data_{name}": float(value) for name, value in zip(names, total, strict=True)}
+        return {
+            "data_wait_s": float(waited) / self.ranks.world_size / len(self._losses),
+            "data_bytes_per_s": record.pop("data_bytes") / elapsed_s,
+            **record,
+        }
 
     def _write_trace(self, step: int, trace: Trace) -> None:
         rows = [row for rank_rows in dist.gather(trace.rows) for row in rank_rows]

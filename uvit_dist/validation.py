@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from uvit_dist import dist
 from uvit_dist.config import Config
 from uvit_dist.data.batch import Batch
-from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import held_out_ids
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.dist import Ranks
 from uvit_dist.engine import Engine

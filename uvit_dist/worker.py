@@ -49,6 +49,7 @@ def _run(job: str, config: Config) -> int:
 
     ranks = dist.ranks_from_environment()
     metrics.set_up_logging(config.run_dir, ranks)
+    storage.configure(config.storage)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -41,6 +41,7 @@ def train_job(config: Config, fault: str = "none") -> str:
     if fault == "SIGTERM to one rank in step 7" and ranks.rank == 1:
         _before(Report, "after_step", lambda _, step, *__: step == 6, end(signal.SIGTERM))
     metrics.set_up_logging(config.run_dir, ranks)
+    storage.configure(config.storage)
     dist.start(ranks, 60)
     try:
         complete = train(config, ranks, StopFlag())

@@ -46,8 +46,8 @@ def engine_job(config):
     for batch in batches():
         mine = [part[ranks.rank * size : (ranks.rank + 1) * size] for part in batch]
         pieces = [tuple(part[first : first + micro] for part in mine) for first in range(0, size, micro)]
-        result = engine.train_step(pieces, loss_of, flag=ranks.rank == 1)
-        results.append((result.loss, result.grad_norm, result.flag))
+        result = engine.train_step(pieces, loss_of, flags=(ranks.rank == 1, False))
+        results.append((result.loss, result.grad_norm, result.flags))
     return results, {key: value.clone() for key, value in engine.local_state().items()}, start
 
 
@@ -103,7 +103,7 @@ def test_fp32_equals_plain_torch_with_accumulation_and_clipping(config_of, stage
     told = run_ranks(engine_job, 2, config)
     results, state = reference(config)
     assert told[0][0] == told[1][0], "all ranks learn the same"
-    assert all(flag for *_, flag in told[0][0]), "rank 1's flag reaches all"
+    assert all(flags == (True, False) for *_, flags in told[0][0]), "rank 1's flag reaches all"
     assert [loss for loss, *_ in told[0][0]] == pytest.approx([loss for loss, _ in results], rel=2e-6)
     assert [norm for _, norm, _ in told[0][0]] == pytest.approx([norm for _, norm in results], rel=1e-5)
     assert max(norm for _, norm in results) > 0.05, "clipping did something"

@@ -7,8 +7,8 @@ import torch
 from tests.integration.jobs import train_job
 from tests.ranks import run_ranks
 from tests.tiny import losses, records, same_tensors, saved_state, tiny_config, traces
-from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import held_out_ids
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import read_index
 from uvit_dist.loss import Objective
 from uvit_dist.models.uvit import UViT

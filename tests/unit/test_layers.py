@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {
-    0: ["errors", "config", "config_rules", "config_yaml", "ema", "fid", "diffusion", "data.latents", "data.plan", "data.journal"],
+    0: [
+        "errors",
+        "config",
+        "config_rules",
+        "config_yaml",
+        "ema",
+        "fid",
+        "diffusion",
+        "data.latents",
+        "data.plan",
+        "data.journal",
+    ],
     1: ["models"],
     2: ["data.loader", "data.reader", "data.batch", "data.shards", "work", "dist", "storage", "metrics"],
     3: [

@@ -14,8 +14,8 @@ import webdataset
 
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance, encode_array, pixels_to_x0, sample_latents
 from uvit_dist.data.loader import ShardLoader
-from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.plan import Plan
+from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import (
     EMPTY_CONTEXT,
     check_shards_present,
@@ -122,17 +122,38 @@ def test_long_keys_keep_their_samples(tmp_path):
 
 
 def drain(index_path):
+    """Every damage found in an epoch, and the batches."""
     batches = loader(index_path)
-    for _ in range(9):
-        next(batches)
+    found = [next(batches) for _ in range(8)]
+    return {(d.name, d.reason) for batch in found for d in batch.damage}, found
 
 
-@pytest.mark.parametrize("cut", [100, 512 * 7, 512 * 8, 512 * 8 + 5, 30_000])
-def test_a_truncated_shard_is_noticed_wherever_it_is_cut(index_path, cut):
-    shard = index_path.parent / "shard-2.tar"
+def assert_whole(batches):
+    """Each sample is what its id says, substitutes too."""
+    for batch in batches:
+        assert torch.equal(batch.labels, batch.ids % 10)
+        assert all(np.array_equal(m, moments_of(int(i))) for i, m in zip(batch.ids, batch.data, strict=True))
+
+
+def data_offset(index_path, shard, sample):
+    return int(read_index(str(index_path)).rows(shard)["offset"][sample])
+
+
+@pytest.mark.parametrize("place", ["in data", "between members", "between samples", "in a header", "at the start"])
+def test_a_truncated_shard_is_noticed_wherever_it_is_cut(index_path, place):
+    shard, data = index_path.parent / "shard-2.tar", data_offset(index_path, 2, 20)
+    with tarfile.open(shard) as tar:
+        header = tar.getmember(f"{41 + 20:06d}.npy").offset
+    cut = {"in data": data + 99, "between members": header, "in a header": header + 100, "at the start": 0,
+           "between samples": header - 1024}[place]  # fmt: skip
     shard.write_bytes(shard.read_bytes()[:cut])
-    with pytest.raises(DataError, match=r"shard-2\.tar: ends at byte .* truncated"):
-        drain(index_path)
+    found, batches = drain(index_path)
+    assert {name for name, _ in found} == {"shard-2.tar"}
+    assert all("truncated" in reason for _, reason in found)
+    assert_whole(batches)
+    good = 0 if place == "at the start" else 20
+    lost = set(range(41 + good, 100))
+    assert not lost & {int(i) for batch in batches for i in batch.ids}, "nothing of what is gone"
     with pytest.raises(DataError, match=r"1 file\(s\) of 3 shards .*(\n.*)*shard-2\.tar: \d+ bytes, the index says"):
         check_shards_present(read_index(str(index_path)))
 
@@ -140,10 +161,17 @@ def test_a_truncated_shard_is_noticed_wherever_it_is_cut(index_path, cut):
 def test_one_flipped_bit_is_noticed(index_path):
     shard = index_path.parent / "shard-0.tar"
     data = bytearray(shard.read_bytes())
-    data[int(read_index(str(index_path)).rows(0)["offset"][7]) + 3] ^= 4
+    data[data_offset(index_path, 0, 7) + 3] ^= 4
     shard.write_bytes(data)
+    found, batches = drain(index_path)
+    assert found == {("shard-0.tar", f"the sample at byte {data_offset(index_path, 0, 7)} differs from its hash in the "
+                      "index")}  # fmt: skip
+    (used,) = [used for batch in batches for used in batch.substitutes]
+    assert used.planned == 7
+    assert used.used != 7
+    assert_whole(batches)
     with pytest.raises(DataError, match=r"shard-0\.tar: the sample at byte \d+ differs"):
-        drain(index_path)
+        SampleReader(read_index(str(index_path)), 0).read_ids(np.array([6, 7]))
 
 
 def test_missing_swapped_and_altered_files_are_noticed(index_path):
@@ -151,16 +179,22 @@ def test_missing_swapped_and_altered_files_are_noticed(index_path):
     rows = directory / "shard-0.rows.npy"
     good = rows.read_bytes()
     rows.write_bytes((directory / "shard-1.rows.npy").read_bytes())
-    with pytest.raises(DataError, match=r"shard-0\.rows\.npy: differs"):
-        drain(index_path)
+    assert drain(index_path)[0] == {("shard-0.tar", "its table of samples is damaged")}
     rows.write_bytes(b"not numpy")
-    with pytest.raises(DataError, match="not a table of samples"):
-        drain(index_path)
+    assert drain(index_path)[0] == {("shard-0.tar", "its table of samples is damaged")}
     rows.write_bytes(good)
-    (directory / "shard-0.tar").unlink()
-    with pytest.raises(MissingInputError, match=r"shard-0\.tar: no such file"):
-        drain(index_path)
+    tar = directory / "shard-0.tar"
+    tar.rename(directory / "kept")
+    found, batches = drain(index_path)
+    assert found == {("shard-0.tar", "missing")}
+    assert_whole(batches)
+    tar.write_bytes((directory / "shard-2.tar").read_bytes())
+    found, batches = drain(index_path)
+    assert {name for name, _ in found} == {"shard-0.tar"}
+    assert all("differs from its hash" in reason for _, reason in found), "swapped with another"
+    tar.unlink()
     rows.unlink()
+    assert drain(index_path)[0] == {("shard-0.tar", "its table of samples is missing")}
     with pytest.raises(
         DataError, match=r"2 file\(s\) of 3 shards (.*\n)*.*shard-0\.tar: missing\n.*rows\.npy: missing"
     ):
@@ -282,8 +316,10 @@ def test_damaged_contexts_are_noticed(text_index_path):
     for row in index.context_rows(1):
         data[int(row["offset"])] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DataError, match=r"shard-1\.tar: the sample at byte \d+ differs"):
-        [next(batches) for batches in [loader(text_index_path)] for _ in range(2)]
+    batches = loader(text_index_path)
+    found = [next(batches) for _ in range(2)]
+    assert {damage.name for batch in found for damage in batch.damage} == {"shard-1.tar"}
+    assert all(i < 12 for batch in found for i, _ in drawn(batch)), "none of the damaged, and each with its own context"
     (text_index_path.parent / EMPTY_CONTEXT).write_bytes(encode_array(context_of(1, 0))[0])
     with pytest.raises(DataError, match=r"empty_context\.npy: differs"):
         index.empty_context()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from uvit_dist.data.journal import Damage, Substitute
@@ -71,10 +73,9 @@ def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:
         pool.give(rows)
 
 
-def _cut(array: np.ndarray) -> list[memoryview]:
-    flat = memoryview(array.reshape(len(array), -1).view(np.uint8))
-    size = flat.nbytes // max(1, len(array))
-    whole = flat.cast("B")
+def _cut(array: NDArray[Any]) -> list[memoryview]:
+    whole = array.reshape(-1).view(np.uint8).data
+    size = array.nbytes // max(1, len(array))
     return [whole[number * size : (number + 1) * size] for number in range(len(array))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -33,7 +34,8 @@ TOGETHER = 16
 """Samples read by one call and hashed while they are in the processor's cache."""
 TRIES = 4
 """Readings of what does not agree with its hash, or is not there, before it is called damaged."""
-PAUSE_S = 0.1
+PAUSE_S = {False: 0.002, True: 0.1}
+"""Longest first pause between them, for (local, remote) files."""
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ class SampleReader:
         """A run of samples as (shard, first, count) of parts, which begin at the same places however the run lies."""
         edges = range((first // self.part_samples + 1) * self.part_samples, first + count, self.part_samples)
         bounds = [first, *edges, first + count]
-        return [(shard, a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [(shard, a, b - a) for a, b in itertools.pairwise(bounds)]
 
     def read_ids(self, ids: Ids, epoch: int = 0) -> Batch:
         """The samples of the given ids, (b,), in this order. Raises ``DataError`` on any damage."""
@@ -123,7 +125,8 @@ class SampleReader:
         todo = [place for place, row in enumerate(part.rows) if row is not None]
         for attempt in range(TRIES):
             if attempt:
-                time.sleep(random.uniform(0, PAUSE_S * 2**attempt))
+                remote = storage.is_remote(self.index.path)
+                time.sleep(random.uniform(0, PAUSE_S[remote] * 2**attempt))
                 storage.COUNTS.add(retries=1)
             outcome.failed = self._try(part, epoch, todo, outcome.labels, fresh=attempt > 0)
             if not outcome.failed:

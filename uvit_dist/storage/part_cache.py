@@ -50,7 +50,10 @@ class PartCache:
         return found
 
     def write(self, name: str, data: memoryview) -> None:
-        """Keep a part. A disk that refuses turns the cache off for this process, and is no error."""
+        """Keep a part. A disk that refuses turns the cache off for this process, and is no error.
+
+        Raises nothing.
+        """
         if not self._on or len(data) > self._limit * _ROOM:
             return
         path = self._path(name)

@@ -249,9 +249,7 @@ def read_into(path: str, offset: int, view: memoryview) -> int:
         COUNTS.add(requests=1)
         if path.startswith("s3://"):
             bucket, _, key = path.removeprefix("s3://").partition("/")
-            chunks: Any = obstore.get(
-                _client(_s3_store, bucket), key, options={"range": (start, end)}
-            ).stream(CHUNK)
+            chunks: Any = obstore.get(_client(_s3_store, bucket), key, options={"range": (start, end)}).stream(CHUNK)
         else:
             remote, key = filesystem(path)
             chunks = [remote.cat_file(key, start=start, end=end)]
