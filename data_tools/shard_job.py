@@ -166,6 +166,7 @@ def command_line(
     args = parser.parse_intermixed_args()
     with explained_exit():
         config = load_config(args.config, args.overrides)
+        storage.configure(config.storage)
         records = make(config, args)
     samples, size = sum(r.samples for r in records), sum(r.size for r in records)
     print(f"{config.data.index}: {samples} samples in {len(records)} shards, {size / 1e6:.1f} MB")

@@ -99,7 +99,9 @@ def test_skipped_ranges_merge_and_updates_map_to_the_steps_that_are_left():
 def test_ranks_find_in_any_order_and_the_journal_is_one():
     found = [Damage("b.tar", "missing"), Damage("a.tar", "y"), Damage("a.tar", "x")]
     used = [Substitute(4, 9, 1), Substitute(4, 3, 8)]
-    journals = {Journal().after(4, order, pair) for order in itertools.permutations(found) for pair in (used, used[::-1])}
+    journals = {
+        Journal().after(4, order, pair) for order in itertools.permutations(found) for pair in (used, used[::-1])
+    }
     (journal,) = journals
     assert [(shard.name, shard.from_step, shard.reason) for shard in journal.quarantined_shards] == [
         ("a.tar", 5, "x"), ("b.tar", 5, "missing")]  # fmt: skip

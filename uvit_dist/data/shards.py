@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from uvit_dist import storage
 from uvit_dist.data.latents import Provenance, Sample, encode_array
 from uvit_dist.errors import DataError, MissingInputError
 
+log = logging.getLogger(__name__)
 ROW = np.dtype([("offset", "<u8"), ("xxh3", "<u8"), ("label", "<i4"), ("captions", "<u4")])
 CONTEXT_ROW = np.dtype([("offset", "<u8"), ("xxh3", "<u8")])
 EMPTY_CONTEXT = "empty_context.npy"
@@ -216,6 +218,8 @@ def read_index(path: str, key: str = "data.index", remedy: str = MAKE_SHARDS) ->
     if not storage.exists(path):
         raise MissingInputError(f"{key} {path}: no such file; {remedy}")
     data = storage.read_bytes(path)
+    while storage.is_remote(path) and (again := storage.read_bytes(path)) != data:
+        data = again  # nothing else would notice a byte that changed on the way
     try:
         tree = json.loads(data)
         records = tuple(ShardRecord(**record) for record in tree["shards"])
@@ -231,21 +235,34 @@ def read_index(path: str, key: str = "data.index", remedy: str = MAKE_SHARDS) ->
     return index
 
 
-def check_shards_present(index: ShardIndex) -> None:
-    """Every shard is there with the size the index records, by one listing. Raises ``DataError`` naming each."""
+def check_shards_present(index: ShardIndex, limit: float = 0.0) -> None:
+    """Every shard is there with the size the index records, by one listing. limit: share of them that may be not.
+
+    Raises ``DataError`` naming each; within the limit, and for shards that the index does not name, warns.
+    """
     directory = storage.parent(index.path)
     found = storage.sizes_in(directory)
-    wrong = [
-        f"{storage.join(directory, r.name)}: "
-        + (f"{found[r.name]} bytes, the index says {r.size}: truncated or replaced" if r.name in found else "missing")
-        for r in index.shards
-        if found.get(r.name) != r.size
-    ]
-    tables = [name for record in index.shards for name in record.tables]
-    wrong += [f"{storage.join(directory, name)}: missing" for name in tables if name not in found]
-    if wrong:
-        shown = "\n  ".join(wrong[:20])
+    wrong: dict[str, list[str]] = {}
+    for record in index.shards:
+        if found.get(record.name) != record.size:
+            is_there = record.name in found
+            told = f"{found[record.name]} bytes, the index says {record.size}: truncated or replaced"
+            told = f"{storage.join(directory, record.name)}: {told if is_there else 'missing'}"
+            wrong.setdefault(record.name, []).append(told)
+        for name in record.tables:
+            if name not in found:
+                wrong.setdefault(record.name, []).append(f"{storage.join(directory, name)}: missing")
+    extra = sorted({name for name in found if name.endswith(".tar")} - {record.name for record in index.shards})
+    if extra:
+        log.warning(
+            "%s: %d shard(s) that the index does not name, as %s, are not used", directory, len(extra), extra[0]
+        )
+    lines = [line for lines in wrong.values() for line in lines]
+    shown = "\n  ".join(lines[:20])
+    if len(wrong) > limit * len(index.shards):
         raise DataError(
-            f"{len(wrong)} file(s) of {len(index.shards)} shards are not as {index.path} says:\n  {shown}\n"
+            f"{len(lines)} file(s) of {len(index.shards)} shards are not as {index.path} says:\n  {shown}\n"
             "Delete these and make them again with the command that made the others, or copy them again."
         )
+    if wrong:
+        log.warning("within data.quarantine_limit, substitutes will stand in for what is damaged here:\n  %s", shown)
