@@ -135,8 +135,8 @@ def _refuse(source: ShardIndex, damages: Sequence[Damage]) -> None:
         raise DataError(
             f"{len(damages)} file(s) of {source.path} are damaged and were not copied:\n  "
             + "\n  ".join(map(str, damages))
-            + "\nMend the source (python -m data_tools.verify_shards has --repair) and give the same command again; what "
-            "is copied is kept."
+            + "\nMend the source (python -m data_tools.verify_shards has --repair) and give the same command again; "
+            "what is copied is kept."
         )
 
 

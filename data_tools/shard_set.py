@@ -48,9 +48,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def use_storage(args: argparse.Namespace) -> None:
     """Reach servers as the options say. Raises ``ConfigError`` where they contradict each other."""
     try:
-        storage.configure(
-            StorageConfig(endpoint=args.endpoint, profile=args.profile, anonymous=args.anonymous)  # type: ignore[call-arg]
-        )
+        storage.configure(StorageConfig(endpoint=args.endpoint, profile=args.profile, anonymous=args.anonymous))
     except ValidationError as error:
         reasons = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
         raise ConfigError(f"{reasons}; correct --endpoint, --profile or --anonymous") from None
@@ -180,7 +178,7 @@ class TarSamples:
                     current = RawSample(key)
                 if extension in current.members:
                     raise DataError(
-                        f"{self.path}: {member.name} is there twice; a key may stand for one sample: make this tar again"
+                        f"{self.path}: {member.name} is there twice; a key stands for one sample: make this tar again"
                     )
                 current.members[extension] = (member.offset_data, file.read())
             end = reading.block(tar.offset)

@@ -4,8 +4,8 @@
     python -m data_tools.verify_shards s3://bucket/shards/index.json --threads 8 --endpoint http://server:9000
     python -m data_tools.verify_shards shards/index.json --repair
 
-One line is printed for each damaged shard. The exit code is 0 for a whole set and 65 for a damaged one. --repair deletes
-the records of damaged shards: the command that made the set then makes just these again.
+One line is printed for each damaged shard. The exit code is 0 for a whole set and 65 for a damaged one. --repair
+deletes the records of damaged shards: the command that made the set then makes just these again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class _Hashes:
     offsets, sizes, expected, owners: (ranges,), of each the sample that it belongs to.
     """
 
-    def __init__(self, offsets: NDArray[Any], sizes: NDArray[Any], expected: NDArray[Any], owners: NDArray[Any]) -> None:
+    def __init__(
+        self, offsets: NDArray[Any], sizes: NDArray[Any], expected: NDArray[Any], owners: NDArray[Any]
+    ) -> None:
         order = np.argsort(offsets, kind="stable")
         columns = (offsets, offsets + sizes, expected, owners)
         self._ranges = list(zip(*(column[order].tolist() for column in columns), strict=True))
@@ -104,10 +106,12 @@ def _check_tar(
             advance(len(piece))
     except (DataError, MissingInputError, OSError) as error:
         return [*problems, f"cannot be read ({error})"]
-    same = digest.hexdigest() == record.sha256
-    if not same and found == record.size:
+    if digest.hexdigest() != record.sha256:
         others = [other.name for other in index.shards if other.sha256 == digest.hexdigest()]
-        problems.append(f"holds what {others[0]} should hold: swapped" if others else "its sha256 differs")
+        if others:
+            problems.append(f"holds what {others[0]} should hold: swapped")
+        elif found == record.size:
+            problems.append("its sha256 differs")
     damaged = hashes.damaged() if hashes is not None else []
     if damaged:
         first = damaged[0]
@@ -120,9 +124,7 @@ def _check_tar(
     return problems
 
 
-def check_shard(
-    index: ShardIndex, shard: int, found: dict[str, int], advance: Callable[[int], None]
-) -> Damage | None:
+def check_shard(index: ShardIndex, shard: int, found: dict[str, int], advance: Callable[[int], None]) -> Damage | None:
     """Read a shard and its tables. found: name → bytes of the files there. Returns what is wrong, or none."""
     record = index.shards[shard]
     problems = [] if record.name in found else ["missing"]

@@ -1,4 +1,4 @@
-"""Pre-flight: sorted shards are recognised before anything is trained on them, by a figure; missing ones are counted."""
+"""Pre-flight: sorted shards are recognised before any training, by a figure; missing ones are counted."""
 
 import dataclasses
 import logging

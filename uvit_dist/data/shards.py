@@ -184,13 +184,17 @@ class ShardIndex:
     def _table(self, shard: int, table: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         name = f"{self.shards[shard].name.removesuffix('.tar')}.{table}.npy"
         path = storage.join(storage.parent(self.path), name)
+        expected = str(self.shards[shard].tables.get(name))
+        kept_as = f"{expected[:40]}-table"
         try:
-            rows = np.lib.format.read_array(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
+            rows = np.lib.format.read_array(io.BytesIO(storage.read_bytes(path, kept_as)), allow_pickle=False)
         except ValueError as error:
             if isinstance(error, MissingInputError):
                 raise
+            storage.forget(kept_as)
             raise DataError(f"{path}: not a table of samples ({error}); make this shard again") from None
-        if rows.dtype != dtype or hashlib.sha256(rows.tobytes()).hexdigest() != self.shards[shard].tables.get(name):
+        if rows.dtype != dtype or hashlib.sha256(rows.tobytes()).hexdigest() != expected:
+            storage.forget(kept_as)
             raise DataError(f"{path}: differs from what {self.path} records; make or copy this shard again")
         return rows
 
@@ -244,10 +248,10 @@ def check_shards_present(index: ShardIndex, limit: float = 0.0) -> None:
     found = storage.sizes_in(directory)
     wrong: dict[str, list[str]] = {}
     for record in index.shards:
-        if found.get(record.name) != record.size:
-            is_there = record.name in found
-            told = f"{found[record.name]} bytes, the index says {record.size}: truncated or replaced"
-            told = f"{storage.join(directory, record.name)}: {told if is_there else 'missing'}"
+        there = found.get(record.name)
+        if there != record.size:
+            told = f"{there} bytes, the index says {record.size}: truncated or replaced"
+            told = f"{storage.join(directory, record.name)}: {'missing' if there is None else told}"
             wrong.setdefault(record.name, []).append(told)
         for name in record.tables:
             if name not in found:

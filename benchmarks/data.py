@@ -1,0 +1,411 @@
+"""C1 and C2: batches of latents from local shards on one core, and from S3 behind a shaped link.
+
+    make bench-data OFFICIAL=DIR     DIR: a checkout of https://github.com/baofff/U-ViT
+
+C1, warm cache: our checked and shuffled batches against reading the same shards in order in pieces of 8 MiB, the
+official dataset of .npy files (imported as it is; its feature writer fails on numpy 2, so the files are written here,
+object arrays of (moments, label) as its reader expects) and a plain webdataset pipeline. C2: ours against the link's own
+rate, one ``pipe:curl`` and s3fs read in order; and ours where one GET in twenty fails. Sides take turns within each
+round; a ratio is the median over rounds. The gates run first. Exit code 1 below "pass" or where a gate fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import s3fs
+import torch
+import webdataset
+import xxhash
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from benchmarks import ROOT, commit_of, provenance
+from benchmarks.shaped_link import CONNECTION_BYTES_S, FAULT_SHARE, FIRST_BYTE_S, LINK_BYTES_S, counts, shaped_link
+from uvit_dist import storage
+from uvit_dist.config import StorageConfig
+from uvit_dist.data.batch import Batch
+from uvit_dist.data.latents import Provenance, Sample
+from uvit_dist.data.loader import ShardLoader
+from uvit_dist.data.plan import Plan
+from uvit_dist.data.shards import read_index, write_index, write_shard
+
+SHAPE, CLASSES, SHARDS, PER_SHARD = (8, 64, 64), 1000, 3, 2060
+SAMPLES = SHARDS * PER_SHARD
+BATCH, LANES, BLOCK, SEED = 256, 4, 512, 1
+STEPS = SAMPLES // BATCH
+PIECE = 8 << 20
+WARM_UPS, REPEATS = 2, 4
+"""Rounds that are not counted; epochs or passes of a fast side in a round of C1."""
+READ_THREADS, PREFETCH_BLOCKS, PERIODS = 16, 2, 5
+PERIOD = BLOCK * LANES // BATCH
+"""Steps after which all lanes take up their next block. C2 times whole periods, PERIODS of them, after the first."""
+LIMITS = {
+    "C1": {"vs_raw": (0.5, 0.65), "vs_npy": (10, 20), "vs_webdataset": (10, 20)},
+    "C2": {
+        "vs_link": (0.90, 0.97),
+        "vs_pipe": (4.5, 4.9),
+        "vs_s3fs_sequential": (6, 7.5),
+        "vs_link_faulty": (0.85, 0.85),
+    },
+}
+"""Of each ratio, pass and stretch."""
+
+Side = Callable[[], float]
+"""Does its part of a round and says how many samples, or bytes, it did in a second."""
+
+
+def moments_of(sample: int) -> np.ndarray:
+    """The moments of a sample."""
+    return np.random.default_rng(sample).standard_normal(SHAPE, dtype=np.float32).astype(np.float16)
+
+
+def label_of(sample: int) -> int:
+    """The label of a sample."""
+    return sample * 7 % CLASSES
+
+
+def write_data(directory: Path) -> None:
+    """The same samples as shards and as .npy files."""
+    made = Provenance(kind="moments", dtype="float16", shape=SHAPE, source="drawn", image_size=512, crop="none",
+                      mirror=False, classes=CLASSES, samples=SAMPLES)  # fmt: skip
+    (directory / "npy").mkdir()
+
+    def samples(shard: int) -> Iterator[Sample]:
+        for number in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+            data = moments_of(number)
+            pair = np.empty(2, dtype=object)
+            pair[:] = [data, label_of(number)]
+            np.save(directory / "npy" / f"{number}.npy", pair, allow_pickle=True)
+            yield Sample(f"{number:08d}", label_of(number), data)
+
+    folder = str(directory / "shards")
+    records = [write_shard(folder, f"latents-{shard:06d}", samples(shard), made) for shard in range(SHARDS)]
+    write_index(f"{folder}/index.json", records, made)
+
+
+def loader(index: str, read_threads: int, prefetch_blocks: int = 0) -> ShardLoader:
+    """Ours, from the first step."""
+    read = read_index(index)
+    plan = Plan(read.counts, SEED, BATCH, LANES, BLOCK)
+    return ShardLoader(read, plan, 0, 1, read_threads=read_threads, prefetch_blocks=prefetch_blocks)
+
+
+def shards_in(directory: Path) -> list[Path]:
+    """The tars."""
+    return sorted((directory / "shards").glob("*.tar"))
+
+
+def rounds(sides: Mapping[str, Side], count: int) -> dict[str, list[float]]:
+    """What the sides did in a second in each round, in turns, after WARM_UPS rounds."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(WARM_UPS + count):
+        for name, side in sides.items():
+            done = side()
+            if number >= WARM_UPS:
+                found[name].append(done)
+    return found
+
+
+def timed(work: Callable[[], int]) -> float:
+    """What ``work`` counts, in a second."""
+    begin = time.perf_counter()
+    return work() / (time.perf_counter() - begin)
+
+
+# -- C1 ----------------------------------------------------------------------------------------------------------------
+
+
+def official_dataset(official: Path, directory: Path) -> Dataset[Any]:
+    """The official dataset of the features; it counts ImageNet's images, of which the first are here."""
+    spec = importlib.util.spec_from_file_location("official_datasets", official / "datasets.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Subset(module.FeatureDataset(str(directory / "npy")), range(SAMPLES))
+
+
+def gates_of_c1(directory: Path) -> dict[str, bool]:
+    """What must hold before any time of C1 counts."""
+    index = str(directory / "shards" / "index.json")
+    ours = loader(index, 0)
+    epoch = [next(ours) for _ in range(STEPS)]
+    ids = torch.cat([batch.ids for batch in epoch])
+    equal = all(
+        np.array_equal(data.numpy(), moments_of(sample)) and label == label_of(sample)
+        for batch in epoch
+        for sample, label, data in zip(batch.ids.tolist(), batch.labels.tolist(), batch.data, strict=True)
+    )
+    clean = not any(batch.damage for batch in epoch)
+    del epoch
+    shard, victim = shards_in(directory)[0], int(ids[ids < PER_SHARD][0])
+    offset = int(read_index(index).rows(0)["offset"][victim]) + 4321
+    _flip(shard, offset)
+    again = loader(index, 0)
+    found = [damage.name for batch in (next(again) for _ in range(STEPS)) for damage in batch.damage]
+    _flip(shard, offset)
+    return {
+        "values and labels equal": equal and clean,
+        "no id twice, all but the remainder": len(set(ids.tolist())) == len(ids) == SAMPLES // BATCH * BATCH,
+        "one flipped byte is noticed": found == [shard.name],
+    }
+
+
+def _flip(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """This thread, and what it starts, on one core."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {max(before)})
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def sides_of_c1(directory: Path, official: Path) -> dict[str, Side]:
+    """Samples in a second of each. Ours goes on from epoch to epoch as a training does."""
+    tars = shards_in(directory)
+    ours = loader(str(directory / "shards" / "index.json"), read_threads=0)
+    buffer = memoryview(bytearray(PIECE))
+
+    def batches() -> int:
+        return sum(len(next(ours).ids) for _ in range(REPEATS * STEPS))
+
+    def raw() -> int:
+        for tar in tars * REPEATS:
+            with open(tar, "rb", buffering=0) as file:
+                while file.read(PIECE):
+                    pass
+        return REPEATS * SAMPLES
+
+    def raw_reused() -> int:
+        for tar in tars * REPEATS:
+            with open(tar, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        return REPEATS * SAMPLES
+
+    npy_files = DataLoader(official_dataset(official, directory), BATCH, shuffle=True, drop_last=True)
+
+    def npy() -> int:
+        return sum(len(labels) for _, labels in npy_files)
+
+    def plain_webdataset() -> int:
+        urls = [str(tar) for tar in tars]
+        pipeline = webdataset.WebDataset(urls, shardshuffle=SHARDS).shuffle(1000).decode().to_tuple("npy", "cls")
+        return sum(len(labels) for _, labels in pipeline.batched(BATCH, partial=False))
+
+    works = {"ours": batches, "raw": raw, "raw_reused_buffer": raw_reused, "npy": npy, "webdataset": plain_webdataset}
+    return {name: lambda work=work: timed(work) for name, work in works.items()}  # type: ignore[misc]
+
+
+def measure_c1(directory: Path, official: Path, count: int) -> dict[str, Any]:
+    """The result of C1."""
+    gates = gates_of_c1(directory)
+    with one_core():
+        found = rounds(sides_of_c1(directory, official), count)
+    against = {f"vs_{name}": ratios(found["ours"], found[name]) for name in found if name != "ours"}
+    setting = {"cores": 1, "read_threads": 0, "raw_piece_bytes": PIECE, "webdataset_shuffle": 1000,
+               "npy": "float16, DataLoader(num_workers=0, shuffle=True)"}  # fmt: skip
+    return result("C1", against, gates, {"unit": "samples/s", **found}, setting, official=commit_of(official))
+
+
+# -- C2 ----------------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Hash of a stream of batches."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, batch: Batch) -> None:
+        """Take a batch in."""
+        for tensor in (batch.ids, batch.labels, batch.data):
+            self._hash.update(memoryview(tensor.numpy().reshape(-1)).cast("B"))
+
+    def digest(self) -> str:
+        """Of all so far."""
+        return self._hash.hexdigest()
+
+
+def stream_of(ours: ShardLoader, steps: int, after_first_period: Callable[[], None] = lambda: None) -> str:
+    """Take steps of a loader and close it. Returns their hash."""
+    stream = Stream()
+    for step in range(steps):
+        stream.add(next(ours))
+        if step == PERIOD:
+            after_first_period()
+    ours.close()
+    return stream.digest()
+
+
+def sides_of_c2(directory: Path, url: str, equal: list[bool]) -> dict[str, Side]:
+    """Bytes of shards in a second of each. equal: gets, of each stream of ours, whether its hash is that of files."""
+    tar, steps = shards_in(directory)[0], 1 + (1 + PERIODS) * PERIOD
+    each = sum(path.stat().st_size for path in shards_in(directory)) / SAMPLES
+    expected = stream_of(loader(str(tar.parent / "index.json"), 0), steps)
+
+    def ours(bucket: str) -> float:
+        begin = 0.0
+
+        def warm() -> None:
+            nonlocal begin
+            begin = time.perf_counter()
+
+        read = loader(f"s3://{bucket}/index.json", READ_THREADS, PREFETCH_BLOCKS)
+        equal.append(stream_of(read, steps, warm) == expected)
+        return PERIODS * PERIOD * BATCH * each / (time.perf_counter() - begin)
+
+    def pipe() -> int:
+        with webdataset.gopen(f"pipe:curl -s {url}/steady/{tar.name}") as file:
+            got = sum(len(piece) for piece in iter(lambda: file.read(PIECE), b""))
+        assert got == tar.stat().st_size
+        return got
+
+    server = s3fs.S3FileSystem(
+        anon=True, endpoint_url=url, client_kwargs={"region_name": "us-east-1"}, skip_instance_cache=True
+    )
+
+    def sequential() -> int:
+        with server.open(f"steady/{tar.name}", "rb") as file:
+            got = sum(len(piece) for piece in iter(lambda: file.read(PIECE), b""))
+        assert got == tar.stat().st_size
+        return got
+
+    return {
+        "ours": lambda: ours("steady"),
+        "pipe": lambda: timed(pipe),
+        "faulty": lambda: ours("faulty"),
+        "s3fs_sequential": lambda: timed(sequential),
+    }
+
+
+def measure_c2(directory: Path, count: int) -> dict[str, Any]:
+    """The result of C2."""
+    equal: list[bool] = []
+    with shaped_link(directory / "shards") as url:
+        storage.configure(StorageConfig(endpoint=url, region="us-east-1", anonymous=True))
+        sides = sides_of_c2(directory, url, equal)
+        before = counts(url)["gets"]
+        sides["ours"]()
+        gets = (counts(url)["gets"] - before) / ((1 + (1 + PERIODS) * PERIOD) * BATCH)
+        found = rounds(sides, count)
+        served = counts(url)
+    storage.configure(StorageConfig())
+    link = [LINK_BYTES_S] * count
+    against = {f"vs_{name}": ratios(found["ours"], found[name]) for name in ("pipe", "s3fs_sequential")}
+    against |= {"vs_link": ratios(found["ours"], link), "vs_link_faulty": ratios(found["faulty"], link)}
+    gates = {"hash of every stream, timed ones too": all(equal), "GETs of one per sample <= 1/32": gets <= 1 / 32}
+    setting = {"first_byte_s": FIRST_BYTE_S, "connection_bytes_s": CONNECTION_BYTES_S, "link_bytes_s": LINK_BYTES_S,
+               "fault_share": FAULT_SHARE, "read_threads": READ_THREADS, "prefetch_blocks": PREFETCH_BLOCKS,
+               "blocks_in_a_round": PERIODS * LANES}  # fmt: skip
+    extra = {"gets_per_sample": gets, "served": served}
+    return result("C2", against, gates, {"unit": "bytes of shards/s", **found}, setting, **extra)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Of each round."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def result(name: str, against: Mapping[str, list[float]], gates: Mapping[str, bool], found: Mapping[str, Any],
+           setting: Mapping[str, Any], **extra: Any) -> dict[str, Any]:  # fmt: skip
+    """The record of a comparison. against: the ratio of each round."""
+    medians = {key: statistics.median(values) for key, values in against.items()}
+    limits = LIMITS[name]
+    where = provenance()
+    libraries = ("numpy", "webdataset", "obstore", "s3fs", "xxhash")
+    where["versions"] |= {library: version(library) for library in libraries}
+    processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "id": name,
+        "measured": {key: medians[key] for key in limits},
+        "pass": {key: limit for key, (limit, _) in limits.items()},
+        "stretch": {key: limit for key, (_, limit) in limits.items()},
+        "passed": all(gates.values()) and all(medians[key] >= limit for key, (limit, _) in limits.items()),
+        "gate_passed": all(gates.values()),
+        "gates": gates,
+        "further": {key: value for key, value in medians.items() if key not in limits},
+        "spread": {key: [min(values), max(values)] for key, values in against.items()},
+        "rounds": found,
+        "setting": {"samples": SAMPLES, "shape": SHAPE, "dtype": "float16", "shards": SHARDS, "batch": BATCH,
+                    "lanes": LANES, "block": BLOCK, **setting},
+        **extra,
+        "machine": {"processor": processor[1] if processor else "unknown", "cores": os.cpu_count(),
+                    "load_of_the_last_minute": os.getloadavg()[0]},
+        "command": "make bench-data OFFICIAL=DIR",
+        **where,
+    }  # fmt: skip
+
+
+def show(record: Mapping[str, Any]) -> None:
+    """Print a table."""
+    print(f"{record['id']:22} {'pass':>8} {'stretch':>8} {'measured':>9}   smallest and largest of a round")
+    for key, values in {**record["measured"], **record["further"]}.items():
+        limits = [f"{record[kind][key]:g}" if key in record[kind] else "" for kind in ("pass", "stretch")]
+        low, high = record["spread"][key]
+        print(f"{key:22} {limits[0]:>8} {limits[1]:>8} {values:9.3f}   {low:.3f} {high:.3f}")
+    for gate, held in record["gates"].items():
+        print(f"gate: {gate}: {'held' if held else 'BROKEN'}")
+    print("passed" if record["passed"] else "NOT PASSED", flush=True)
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--official", default="", help="checkout of the official code")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=sorted(LIMITS), help="one of the two")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    arguments = parser.parse_args()
+    if not arguments.official or not Path(arguments.official, "datasets.py").is_file():
+        print(f"OFFICIAL={arguments.official}: no official code there; git clone https://github.com/baofff/U-ViT DIR, "
+              "then make bench-data OFFICIAL=DIR", file=sys.stderr)  # fmt: skip
+        return 2
+    warnings.filterwarnings("ignore", module="webdataset")
+    records = []
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        write_data(directory)
+        if arguments.only != "C2":
+            records.append(measure_c1(directory, Path(arguments.official).resolve(), arguments.rounds))
+            show(records[-1])
+        if arguments.only != "C1":
+            records.append(measure_c2(directory, arguments.rounds))
+            show(records[-1])
+    for record in records:
+        (arguments.out / f"{record['id']}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(record["passed"] for record in records) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
