@@ -91,6 +91,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     with explained_exit():
         config = load_config(args.config, args.overrides)
+        storage.configure(config.storage)
         reference = make_reference(config)
         out = io.BytesIO()
         np.savez(out, **reference)

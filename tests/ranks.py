@@ -28,11 +28,11 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
 
 
-def _rank_main(function: Callable, rank: int, world_size: int, port: int, log: str, out: str, args: tuple) -> None:
+def _rank_main(function: Callable, environment: dict[str, str], log: str, out: str, args: tuple) -> None:
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(rank_environment(rank, world_size, port))
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         torch.save(function(*args), out)
@@ -45,12 +45,19 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """function(*args) on every rank, with the environment of a launcher. Returns what the ranks return, in order."""
     with tempfile.TemporaryDirectory() as directory:
         port = free_port()
+        aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # newer than the server
         outs = [Path(directory, f"{rank}.pt") for rank in range(world_size)]
         logs = [Path(directory, f"{rank}.log") for rank in range(world_size)]
         processes = [
             CONTEXT.Process(
                 target=_rank_main,
-                args=(function, rank, world_size, port, str(logs[rank]), str(outs[rank]), args),
+                args=(
+                    function,
+                    {**aws, **rank_environment(rank, world_size, port)},
+                    str(logs[rank]),
+                    str(outs[rank]),
+                    args,
+                ),
             )
             for rank in range(world_size)
         ]

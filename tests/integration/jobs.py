@@ -33,8 +33,9 @@ def train_job(config: Config, fault: str = "none") -> str:
     def end(number: int) -> Callable[[], None]:
         return lambda: os.kill(os.getpid(), number)
 
-    if fault == "kill one rank after step 7" and ranks.rank == 1:
-        _before(Report, "after_step", lambda _, step, *__: step == 7, end(signal.SIGKILL))
+    killed = fault.removeprefix("kill one rank after step ")
+    if killed != fault and ranks.rank == 1:
+        _before(Report, "after_step", lambda _, step, *__: step == int(killed), end(signal.SIGKILL))
     if fault == "kill all ranks as the checkpoint of step 10 is committed":
         _before(storage, "write_bytes", lambda path, _: path.endswith("manifest.json") and "00000010" in path,
                 end(signal.SIGKILL))  # fmt: skip

@@ -77,8 +77,9 @@ def test_a_damaged_sample_is_told_once_by_the_rank_that_reads_it_and_the_checkpo
     done = launch(*overrides(data, run_dir, "train.steps=15", "checkpoint.every=100", "data.prefetch_blocks=0"))
     assert done.returncode == 65, done.stderr
     assert done.stderr.count("error:") == 1, done.stderr
-    assert f"error: {shard}: the sample at byte " in done.stderr
-    assert "differs from the hash in the index: the shard is damaged. Make or copy this shard again." in done.stderr
+    assert "1 of 4 shards are damaged, more than data.quarantine_limit 0.01 allows (0):" in done.stderr
+    assert f"{shard.name}: the sample at byte " in done.stderr
+    assert "differs from its hash in the index\nMake or copy these again (python -m data_tools.verify_" in done.stderr
     assert "Traceback" not in done.stderr
     assert files(run_dir / "checkpoints") == saved
 

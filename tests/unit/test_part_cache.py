@@ -1,4 +1,4 @@
-"""The cache of parts: bounded, least recently used first, shared; a disk that refuses turns it off, not the run down."""
+"""The cache of parts: bounded, least recently used first, shared; a disk that refuses turns it off, no more."""
 
 import errno
 import logging

@@ -30,8 +30,8 @@ PART_BYTES = 8 << 20
 MERGED_GAP = {False: 1 << 15, True: 4 << 20}
 """Bytes between two items that are rather read too than left out by a request of their own, of (local, remote) files:
 4 MB pass while a new request waits for its first byte."""
-TOGETHER = 16
-"""Samples read by one call and hashed while they are in the processor's cache."""
+TOGETHER_BYTES, MOST_TOGETHER = 1 << 18, 256
+"""Bytes, and samples at most, read by one call and hashed while they are in the processor's cache."""
 TRIES = 4
 """Readings of what does not agree with its hash, or is not there, before it is called damaged."""
 PAUSE_S = {False: 0.002, True: 0.1}
@@ -98,6 +98,7 @@ class SampleReader:
         self._local = threading.local()
         bytes_each = index.shards[0].size / max(1, index.shards[0].samples) if index.shards else 1
         self.part_samples = max(1, int(PART_BYTES / max(1.0, bytes_each)))
+        self._together = min(MOST_TOGETHER, max(1, int(TOGETHER_BYTES / max(1.0, bytes_each))))
 
     def cut(self, shard: int, first: int, count: int) -> list[tuple[int, int, int]]:
         """A run of samples as (shard, first, count) of parts, which begin at the same places however the run lies."""
@@ -178,7 +179,7 @@ class SampleReader:
                 begin = end = items[number][0]
                 vector: list[memoryview] = []
                 first = number
-                for start, _, view, _ in items[first : first + TOGETHER]:
+                for start, _, view, _ in items[first : first + self._together]:
                     if start != end:
                         if not 0 < start - end <= MERGED_GAP[False]:
                             break

@@ -17,8 +17,19 @@ from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import botocore.session
 import fsspec
 import obstore
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from obstore.exceptions import BaseError as ObstoreError
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
@@ -32,6 +43,9 @@ log = logging.getLogger(__name__)
 CHUNK = 1 << 20
 """Bytes of a body that are handed on at once; what has arrived is not asked for again."""
 
+GIVE_CREDENTIALS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.profile, or storage.anonymous true for a public bucket"
+)
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _BEYOND_THE_END = 416
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -114,13 +128,10 @@ def _s3_filesystem() -> Any:
 
 def _s3_store(bucket: str) -> S3Store:
     """obstore's client of a bucket, with the endpoint, region and credentials that botocore finds, as s3fs does."""
-    import botocore.exceptions
-    import botocore.session
-
     try:
         session = botocore.session.Session(profile=_settings.profile)
         found = session.create_client("s3", region_name=_settings.region, endpoint_url=_settings.endpoint).meta
-    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+    except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"storage: {error}; correct storage.profile, storage.endpoint or the AWS variables") from None
 
     def credentials() -> Any:
@@ -137,10 +148,7 @@ def _s3_store(bucket: str) -> S3Store:
         }
 
     if not _settings.anonymous and session.get_credentials() is None:
-        raise MissingInputError(
-            f"s3://{bucket}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.profile, or "
-            "storage.anonymous true for a public bucket"
-        )
+        raise MissingInputError(f"s3://{bucket}: no AWS credentials; {GIVE_CREDENTIALS}")
     amazon = found.endpoint_url.rstrip("/").endswith(".amazonaws.com")
     return S3Store(
         bucket,
@@ -188,8 +196,8 @@ def _is_transient(error: BaseException) -> bool:
     status = _status(error)
     if status is not None and status < 500 and status not in _TRANSIENT_STATUS:
         return status in (200, 206)  # the answer was right, its body broke off
-    module = type(error).__module__.partition(".")[0]
-    return isinstance(error, (OSError, ObstoreError, asyncio.TimeoutError)) or module in ("aiohttp", "botocore")
+    kinds = (OSError, ObstoreError, asyncio.TimeoutError, HTTPClientError, BotoConnectionError, ClientError)
+    return isinstance(error, kinds) or type(error).__module__.startswith("aiohttp.")
 
 
 def persistently(path: str, action: Callable[[_Progress], T]) -> T:
@@ -215,6 +223,8 @@ def persistently(path: str, action: Callable[[_Progress], T]) -> T:
         ):
             with attempt:
                 return action(progress)
+    except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, ProfileNotFound) as error:
+        raise MissingInputError(f"{path}: no AWS credentials ({_brief(error)}); {GIVE_CREDENTIALS}") from None
     except (PermissionError, PermissionDeniedError, UnauthenticatedError) as error:
         raise MissingInputError(
             f"{path}: the server refuses access ({_brief(error)}); correct the credentials, storage.profile or "
