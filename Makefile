@@ -1,12 +1,15 @@
 # make env    the environment, in .venv           make demo   the whole job on real images, in minutes
 # make check  style, types, layers                make test   every test that can run on this machine
 # make unit   the tests that take seconds         make clean  remove what the demo wrote
+# make test-s3  the tests against a real S3 server, which they start
+# make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
+# make bench-shuffle  how well ImageNet's shards are shuffled
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test demo clean
+.PHONY: env check unit test test-s3 demo clean bench-data bench-shuffle
 
 env: $(VENV)/.installed
 
@@ -28,6 +31,15 @@ unit: env
 
 test: check
 	$(RUN) -m pytest --deselect tests/unit/test_layers.py
+
+test-s3: env
+	$(RUN) -m pytest -m s3
+
+bench-data: env
+	$(RUN) -m benchmarks.data --official "$(OFFICIAL)"
+
+bench-shuffle: env
+	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json
 
 demo: env
 	$(RUN) -m uvit_dist.demo

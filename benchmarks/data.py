@@ -16,15 +16,12 @@ import argparse
 import importlib.util
 import json
 import os
-import re
-import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,8 @@ import webdataset
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from benchmarks import ROOT, commit_of, provenance
+from benchmarks import ROOT, commit_of
+from benchmarks.rounds import Side, ratios, result, rounds, show, timed
 from benchmarks.shaped_link import CONNECTION_BYTES_S, FAULT_SHARE, FIRST_BYTE_S, LINK_BYTES_S, counts, shaped_link
 from uvit_dist import storage
 from uvit_dist.config import StorageConfig
@@ -49,9 +47,12 @@ SHAPE, CLASSES, SHARDS, PER_SHARD = (8, 64, 64), 1000, 3, 2060
 SAMPLES = SHARDS * PER_SHARD
 BATCH, LANES, BLOCK, SEED = 256, 4, 512, 1
 STEPS = SAMPLES // BATCH
+COMMAND = "make bench-data OFFICIAL=DIR"
+SETTING: dict[str, Any] = {"samples": SAMPLES, "shape": SHAPE, "dtype": "float16", "shards": SHARDS, "batch": BATCH,
+                           "lanes": LANES, "block": BLOCK}  # fmt: skip
 PIECE = 8 << 20
-WARM_UPS, REPEATS = 2, 4
-"""Rounds that are not counted; epochs or passes of a fast side in a round of C1."""
+REPEATS = 4
+"""Epochs or passes of a fast side in a round of C1."""
 READ_THREADS, PREFETCH_BLOCKS, PERIODS = 16, 2, 8
 PERIOD = BLOCK * LANES // BATCH
 """Steps after which all lanes take up their next block. C2 times whole periods, PERIODS of them, after the first."""
@@ -65,9 +66,6 @@ LIMITS = {
     },
 }
 """Of each ratio, pass and stretch."""
-
-Side = Callable[[], float]
-"""Does its part of a round and says how many samples, or bytes, it did in a second."""
 
 
 def moments_of(sample: int) -> np.ndarray:
@@ -111,23 +109,6 @@ def loader(index: str, read_threads: int, prefetch_blocks: int = 0) -> ShardLoad
 def shards_in(directory: Path) -> list[Path]:
     """The tars."""
     return sorted((directory / "shards").glob("*.tar"))
-
-
-def rounds(sides: Mapping[str, Side], count: int) -> dict[str, list[float]]:
-    """What the sides did in a second in each round, in turns, after WARM_UPS rounds."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(WARM_UPS + count):
-        for name, side in sides.items():
-            done = side()
-            if number >= WARM_UPS:
-                found[name].append(done)
-    return found
-
-
-def timed(work: Callable[[], int]) -> float:
-    """What ``work`` counts, in a second."""
-    begin = time.perf_counter()
-    return work() / (time.perf_counter() - begin)
 
 
 # -- C1 ----------------------------------------------------------------------------------------------------------------
@@ -238,39 +219,34 @@ def measure_c1(directory: Path, official: Path, count: int) -> dict[str, Any]:
     with one_core():
         found = rounds(sides_of_c1(directory, official), count)
     against = {f"vs_{name}": ratios(found["ours"], found[name]) for name in found if name != "ours"}
-    setting = {"cores": 1, "read_threads": 0, "raw_piece_bytes": PIECE, "webdataset_shuffle": 1000,
+    setting = SETTING | {"cores": 1, "read_threads": 0, "raw_piece_bytes": PIECE, "webdataset_shuffle": 1000,
                "npy": "DataLoader(num_workers=0, shuffle=True); vs_npy: float32"}  # fmt: skip
-    return result("C1", against, gates, {"unit": "samples/s", **found}, setting, official=commit_of(official))
+    return result(
+        "C1",
+        LIMITS["C1"],
+        against,
+        gates,
+        {"unit": "samples/s", **found},
+        setting,
+        COMMAND,
+        official=commit_of(official),
+    )
 
 
 # -- C2 ----------------------------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """Hash of a stream of batches."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-
-    def add(self, batch: Batch) -> None:
-        """Take a batch in."""
-        for tensor in (batch.ids, batch.labels, batch.data):
-            self._hash.update(memoryview(tensor.numpy().reshape(-1)).cast("B"))
-
-    def digest(self) -> str:
-        """Of all so far."""
-        return self._hash.hexdigest()
-
-
 def stream_of(ours: ShardLoader, steps: int, after_first_period: Callable[[], None] = lambda: None) -> str:
-    """Take steps of a loader and close it. Returns their hash."""
-    stream = Stream()
+    """Take steps of a loader and close it. Returns the hash of all ids, labels and data."""
+    stream = xxhash.xxh3_128()
     for step in range(steps):
-        stream.add(next(ours))
+        batch = next(ours)
+        for tensor in (batch.ids, batch.labels, batch.data):
+            stream.update(memoryview(tensor.numpy().reshape(-1)).cast("B"))
         if step == PERIOD:
             after_first_period()
     ours.close()
-    return stream.digest()
+    return stream.hexdigest()
 
 
 def sides_of_c2(directory: Path, url: str, equal: list[bool]) -> dict[str, Side]:
@@ -279,18 +255,21 @@ def sides_of_c2(directory: Path, url: str, equal: list[bool]) -> dict[str, Side]
     each = sum(path.stat().st_size for path in shards_in(directory)) / SAMPLES
     expected = stream_of(loader(str(tar.parent / "index.json"), 0), steps)
 
+    def passed() -> np.ndarray:
+        return np.array([counts(url)["bytes"], storage.COUNTS.snapshot().bytes])
+
     def ours(bucket: str) -> float:
-        """The less of what came over the link and what was handed over as batches, in whole periods."""
-        begin = came = 0.0
+        """The least of what was sent, what came and what was handed over as batches, in whole periods."""
+        begin, before = 0.0, passed()
 
         def warm() -> None:
-            nonlocal begin, came
-            begin, came = time.perf_counter(), -storage.COUNTS.snapshot().bytes
+            nonlocal begin, before
+            begin, before = time.perf_counter(), passed()
 
         read = loader(f"s3://{bucket}/index.json", READ_THREADS, PREFETCH_BLOCKS)
         equal.append(stream_of(read, steps, warm) == expected)
-        seconds = time.perf_counter() - begin
-        return min(came + storage.COUNTS.snapshot().bytes, PERIODS * PERIOD * BATCH * each) / seconds
+        moved = [*(passed() - before), PERIODS * PERIOD * BATCH * each]
+        return float(min(moved)) / (time.perf_counter() - begin)
 
     def pipe() -> int:
         with webdataset.gopen(f"pipe:curl -s {url}/steady/{tar.name}") as file:
@@ -302,8 +281,8 @@ def sides_of_c2(directory: Path, url: str, equal: list[bool]) -> dict[str, Side]
         anon=True, endpoint_url=url, client_kwargs={"region_name": "us-east-1"}, skip_instance_cache=True
     )
 
-    def sequential() -> int:
-        with server.open(f"steady/{tar.name}", "rb") as file:
+    def sequential(**options: int) -> int:
+        with server.open(f"steady/{tar.name}", "rb", **options) as file:
             got = sum(len(piece) for piece in iter(lambda: file.read(PIECE), b""))
         assert got == tar.stat().st_size
         return got
@@ -312,7 +291,8 @@ def sides_of_c2(directory: Path, url: str, equal: list[bool]) -> dict[str, Side]
         "ours": lambda: ours("steady"),
         "pipe": lambda: timed(pipe),
         "faulty": lambda: ours("faulty"),
-        "s3fs_sequential": lambda: timed(sequential),
+        "s3fs_sequential": lambda: timed(lambda: sequential(block_size=PIECE)),
+        "s3fs_default_block": lambda: timed(sequential),
     }
 
 
@@ -329,71 +309,23 @@ def measure_c2(directory: Path, count: int) -> dict[str, Any]:
         served = counts(url)
     storage.configure(StorageConfig())
     link = [LINK_BYTES_S] * count
-    against = {f"vs_{name}": ratios(found["ours"], found[name]) for name in ("pipe", "s3fs_sequential")}
+    against = {
+        f"vs_{name}": ratios(found["ours"], found[name]) for name in ("pipe", "s3fs_sequential", "s3fs_default_block")
+    }
     against |= {"vs_link": ratios(found["ours"], link), "vs_link_faulty": ratios(found["faulty"], link)}
     gates = {"hash of every stream, timed ones too": all(equal), "GETs of one per sample <= 1/32": gets <= 1 / 32}
-    setting = {"first_byte_s": FIRST_BYTE_S, "connection_bytes_s": CONNECTION_BYTES_S, "link_bytes_s": LINK_BYTES_S,
+    setting = SETTING | {"first_byte_s": FIRST_BYTE_S, "connection_bytes_s": CONNECTION_BYTES_S, "link_bytes_s": LINK_BYTES_S,
                "fault_share": FAULT_SHARE, "read_threads": READ_THREADS, "prefetch_blocks": PREFETCH_BLOCKS,
-               "blocks_in_a_round": PERIODS * LANES}  # fmt: skip
+               "blocks_in_a_round": PERIODS * LANES, "s3fs_block_bytes": PIECE}  # fmt: skip
     extra = {"gets_per_sample": gets, "served": served}
-    return result("C2", against, gates, {"unit": "bytes of shards/s", **found}, setting, **extra)
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Of each round."""
-    return [a / b for a, b in zip(ours, theirs, strict=True)]
-
-
-def result(name: str, against: Mapping[str, list[float]], gates: Mapping[str, bool], found: Mapping[str, Any],
-           setting: Mapping[str, Any], **extra: Any) -> dict[str, Any]:  # fmt: skip
-    """The record of a comparison. against: the ratio of each round."""
-    medians = {key: statistics.median(values) for key, values in against.items()}
-    limits = LIMITS[name]
-    where = provenance()
-    libraries = ("numpy", "webdataset", "obstore", "s3fs", "xxhash")
-    where["versions"] |= {library: version(library) for library in libraries}
-    processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "id": name,
-        "measured": {key: medians[key] for key in limits},
-        "pass": {key: limit for key, (limit, _) in limits.items()},
-        "stretch": {key: limit for key, (_, limit) in limits.items()},
-        "passed": all(gates.values()) and all(medians[key] >= limit for key, (limit, _) in limits.items()),
-        "gate_passed": all(gates.values()),
-        "gates": gates,
-        "further": {key: value for key, value in medians.items() if key not in limits},
-        "spread": {key: [min(values), max(values)] for key, values in against.items()},
-        "rounds": found,
-        "setting": {"samples": SAMPLES, "shape": SHAPE, "dtype": "float16", "shards": SHARDS, "batch": BATCH,
-                    "lanes": LANES, "block": BLOCK, **setting},
-        **extra,
-        "machine": {"processor": processor[1] if processor else "unknown", "cores": os.cpu_count(),
-                    "load_of_the_last_minute": os.getloadavg()[0]},
-        "command": "make bench-data OFFICIAL=DIR",
-        **where,
-    }  # fmt: skip
-
-
-def show(record: Mapping[str, Any]) -> None:
-    """Print a table."""
-    print(f"{record['id']:22} {'pass':>8} {'stretch':>8} {'measured':>9}   smallest and largest of a round")
-    for key, values in {**record["measured"], **record["further"]}.items():
-        limits = [f"{record[kind][key]:g}" if key in record[kind] else "" for kind in ("pass", "stretch")]
-        low, high = record["spread"][key]
-        print(f"{key:22} {limits[0]:>8} {limits[1]:>8} {values:9.3f}   {low:.3f} {high:.3f}")
-    for gate, held in record["gates"].items():
-        print(f"gate: {gate}: {'held' if held else 'BROKEN'}")
-    print("passed" if record["passed"] else "NOT PASSED", flush=True)
+    return result("C2", LIMITS["C2"], against, gates, {"unit": "bytes of shards/s", **found}, setting, COMMAND, **extra)
 
 
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--official", default="", help="checkout of the official code")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds")
     parser.add_argument("--only", choices=sorted(LIMITS), help="one of the two")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     arguments = parser.parse_args()
