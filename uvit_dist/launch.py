@@ -6,8 +6,7 @@
 
 Exit codes: 0 done; 75 stopped by a signal, start again to go on; 130 stopped at once by a second one; 78 the
 configuration is wrong; 65 damaged or contradicting data; 66 a missing file; 69 a server that does not answer; 70 a loss
-that is not finite; 73 something
-cannot be written; 2 the command line is wrong; 1 another fault.
+that is not finite; 73 something cannot be written; 2 the command line is wrong; 1 another fault.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from tests.golden_values import GOLDEN, golden_state_dict
 from tests.tiny import ROOT, tiny_config
 from uvit_dist import checkpoint, convert, storage
 from uvit_dist.config_yaml import dump_config
+from uvit_dist.data.journal import Journal
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UserError
 from uvit_dist.models.uvit import UViT
 from uvit_dist.weights import load_weights
@@ -147,7 +148,7 @@ def test_the_manifest_is_what_training_writes(config, official):
     path = convert.import_checkpoint(official.directory, config)
     manifest = json.loads((path / "manifest.json").read_text())
     shapes = {name: p.shape for name, p in official.net.named_parameters()}
-    ours = train.make_manifest(STEPS, shapes, make_plan(config, INDEX), config, INDEX)
+    ours = train.make_manifest(STEPS, shapes, make_plan(config, INDEX), config, INDEX, Journal())
     assert {key: manifest[key] for key in ours} == json.loads(json.dumps(ours))
     assert set(manifest) - set(ours) == {"version", "world_size", "files"}
     with safe_open(path / "rank-00000.safetensors", framework="pt") as file:
@@ -292,14 +293,14 @@ def test_nothing_half_written_is_left(config, official, tmp_path, monkeypatch):
     convert.import_checkpoint(official.directory, config)
     out = tmp_path / "ckpts" / f"{STEPS}.ckpt"
     with monkeypatch.context() as patch:
-        rename, error = storage.os.replace, OSError(28, "No space left on device")
+        rename, error = storage.files.os.replace, OSError(28, "No space left on device")
 
         def full(one, two):
             if str(two).endswith("optimizer.pth"):
                 raise error
             rename(one, two)
 
-        patch.setattr(storage.os, "replace", full)
+        patch.setattr(storage.files.os, "replace", full)
         with pytest.raises(OutputError, match="No space left on device"):
             convert.export_checkpoint(tmp_path / "run", out)
     assert list(out.parent.iterdir()) == []
