@@ -44,12 +44,5 @@ bench-shuffle: env
 demo: env
 	$(RUN) -m uvit_dist.demo
 
-# Comparisons, see benchmarks/README.md. OFFICIAL: a checkout of https://github.com/baofff/U-ViT
-bench-data:
-	$(RUN) -m benchmarks.data --official "$(OFFICIAL)"
-
-bench-shuffle:
-	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json
-
 clean:
 	rm -rf runs/digits_demo

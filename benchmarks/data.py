@@ -251,7 +251,7 @@ def stream_of(ours: ShardLoader, steps: int, after_first_period: Callable[[], No
 def sides_of_c2(directory: Path, url: str, equal: list[bool]) -> dict[str, Side]:
     """Bytes of shards in a second of each. equal: gets, of each stream of ours, whether its hash is that of files."""
     tar, steps = shards_in(directory)[0], 1 + (1 + PERIODS) * PERIOD
-    each = sum(path.stat().st_size for path in shards_in(directory)) / SAMPLES
+    size = sum(path.stat().st_size for path in shards_in(directory))
     expected = stream_of(loader(str(tar.parent / "index.json"), 0), steps)
 
     def passed() -> np.ndarray:
@@ -267,14 +267,14 @@ def sides_of_c2(directory: Path, url: str, equal: list[bool]) -> dict[str, Side]
 
         read = loader(f"s3://{bucket}/index.json", READ_THREADS, PREFETCH_BLOCKS)
         equal.append(stream_of(read, steps, warm) == expected)
-        moved = [*(passed() - before), PERIODS * PERIOD * BATCH * each]
+        moved = [*(passed() - before), PERIODS * PERIOD * BATCH * size / SAMPLES]
         return float(min(moved)) / (time.perf_counter() - begin)
 
     def pipe() -> int:
         urls = " ".join(f"{url}/steady/{path.name}" for path in shards_in(directory))  # one connection for all
         with webdataset.gopen(f"pipe:curl -s {urls}") as file:
             got = sum(len(piece) for piece in iter(lambda: file.read(PIECE), b""))
-        assert got == each * SAMPLES
+        assert got == size
         return got
 
     server = s3fs.S3FileSystem(
@@ -314,9 +314,16 @@ def measure_c2(directory: Path, count: int) -> dict[str, Any]:
     }
     against |= {"vs_link": ratios(found["ours"], link), "vs_link_faulty": ratios(found["faulty"], link)}
     gates = {"hash of every stream, timed ones too": all(equal), "GETs of one per sample <= 1/32": gets <= 1 / 32}
-    setting = SETTING | {"first_byte_s": FIRST_BYTE_S, "connection_bytes_s": CONNECTION_BYTES_S,
-               "link_bytes_s": LINK_BYTES_S, "fault_share": FAULT_SHARE, "read_threads": READ_THREADS, "prefetch_blocks": PREFETCH_BLOCKS,
-               "blocks_in_a_round": PERIODS * LANES, "s3fs_block_bytes": PIECE}  # fmt: skip
+    setting = SETTING | {
+        "first_byte_s": FIRST_BYTE_S,
+        "connection_bytes_s": CONNECTION_BYTES_S,
+        "link_bytes_s": LINK_BYTES_S,
+        "fault_share": FAULT_SHARE,
+        "read_threads": READ_THREADS,
+        "prefetch_blocks": PREFETCH_BLOCKS,
+        "blocks_in_a_round": PERIODS * LANES,
+        "s3fs_block_bytes": PIECE,
+    }
     extra = {"gets_per_sample": gets, "served": served}
     return result("C2", LIMITS["C2"], against, gates, {"unit": "bytes of shards/s", **found}, setting, COMMAND, **extra)
 

@@ -43,8 +43,16 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
-def result(name: str, limits: Limits, against: Mapping[str, list[float]], gates: Mapping[str, bool],
-           found: Mapping[str, Any], setting: Mapping[str, Any], command: str, **extra: Any) -> dict[str, Any]:  # fmt: skip
+def result(
+    name: str,
+    limits: Limits,
+    against: Mapping[str, list[float]],
+    gates: Mapping[str, bool],
+    found: Mapping[str, Any],
+    setting: Mapping[str, Any],
+    command: str,
+    **extra: Any,
+) -> dict[str, Any]:
     """The record of a comparison. against: the ratio of each round; what limits does not name is in "further"."""
     medians = {key: statistics.median(values) for key, values in against.items()}
     where = provenance()
