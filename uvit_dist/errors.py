@@ -31,6 +31,10 @@ class MissingInputError(UserError):
     exit_code = 66
 
 
+class NoSuchFileError(MissingInputError):
+    """A file is not there; no fault of access or credentials."""
+
+
 class UnavailableError(UserError):
     """A server does not answer, in spite of all retries: nothing is known to be wrong with the data."""
 

@@ -226,7 +226,9 @@ def probe_bandwidth(config: Config, index: ShardIndex) -> None:
         storage.parent(index.path), found / 1e6, max(1, section.read_threads), found / each,
     )  # fmt: skip
     rate = last_rate(config.run_dir)
-    if rate is not None:
+    if rate is None:
+        log.info("%s: what training needs of it is known from the run's first metrics on", storage.parent(index.path))
+    else:
         needed = rate * each / config.world_size
         told = "%s: this run made %.0f images/s, %.1f MB/s on each rank; found: %.1f MB/s%s"
         enough = found >= needed

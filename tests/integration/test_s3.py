@@ -102,6 +102,17 @@ def test_what_cannot_be_mended_is_told_once_and_soon(through_proxy, big_object, 
         storage.read_range(url, 0, 10)
 
 
+def test_access_lost_within_a_run_is_no_damage(through_proxy, s3_server, data_dir, monkeypatch):  # noqa: F811
+    index = read_index(f"{upload(s3_server, data_dir, 'digits-lost')}/index.json")
+    loader = ShardLoader(index, make_plan(tiny_config(data_dir, data_dir), index), 0, 1, 0, 2, 0)
+    next(loader)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    storage.configure(StorageConfig(endpoint=through_proxy.endpoint, **FAST))
+    with pytest.raises(MissingInputError, match="the server refuses access"):
+        [next(loader) for _ in range(5)]
+    loader.close()
+
+
 def test_profile_and_endpoint_come_from_the_usual_files(s3_server, big_object, monkeypatch, tmp_path):  # noqa: F811
     (tmp_path / "credentials").write_text(
         f"[cluster]\naws_access_key_id = {s3_server.access_key}\naws_secret_access_key = {s3_server.secret_key}\n"

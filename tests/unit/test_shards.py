@@ -1,8 +1,10 @@
 """Shards: what was written is read, by us and by plain webdataset and tar; every kind of damage is noticed."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -199,6 +201,30 @@ def test_missing_swapped_and_altered_files_are_noticed(index_path):
         DataError, match=r"2 file\(s\) of 3 shards (.*\n)*.*shard-0\.tar: missing\n.*rows\.npy: missing"
     ):
         check_shards_present(read_index(str(index_path)))
+
+
+def test_shards_that_are_all_gone_end_the_run(index_path):
+    batches = loader(index_path, prefetch_blocks=0)
+    next(batches)
+    for tar in index_path.parent.glob("*.tar"):
+        tar.unlink()
+    with pytest.raises(DataError, match="nor 16 that may stand in for it can be read .* see whether the shards are"):
+        [next(batches) for _ in range(8)]
+
+
+def test_errors_of_the_file_system_that_pass_are_no_damage(index_path, monkeypatch):
+    original, calls = os.preadv, []
+
+    def fails_twice(*args):
+        calls.append(args)
+        if len(calls) in (3, 4):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(*args)
+
+    monkeypatch.setattr(os, "preadv", fails_twice)
+    found, batches = drain(index_path)
+    assert found == set()
+    assert_whole(batches)
 
 
 def test_a_missing_damaged_or_foreign_index_is_explained(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from uvit_dist.data.journal import Damage, Journal, Substitute, stand_ins
 from uvit_dist.data.plan import Ids, Plan
 from uvit_dist.data.reader import Outcome, Part, SampleReader
 from uvit_dist.data.shards import ShardIndex
+from uvit_dist.errors import DataError
+
+STAND_INS_TRIED = 16
+"""Samples in a row that may prove damaged before a loader gives up: the data are not there any more."""
 
 
 @dataclass
@@ -89,9 +94,10 @@ class ShardLoader:
 
     def _forget_before(self, epoch: int, block: int, step: int) -> None:
         for key in [key for key in self._blocks if (key[0], key[2]) < (epoch, block)]:
-            del self._blocks[key]
+            for part in self._blocks.pop(key).parts:
+                part.cancel()
         for passed in [other for other in self._rows if other < step]:
-            self._memory.give(self._rows.pop(passed))
+            del self._rows[passed]  # not to be used again: a part may still be on its way there
 
     def _read_ahead(self, epoch: int, place: int, step: int) -> None:
         blocks_in_lane = -(-self.plan.lane_length // self.plan.block_size)
@@ -140,8 +146,9 @@ class ShardLoader:
         shards = self._index.shard_of(block.planned)
         if not self.journal.out_of_use(self._names, max(steps)) & set(shards.tolist()):
             return
+        out_at = {step: self.journal.out_of_use(self._names, step) for step in set(steps)}
         for place, (target, step) in enumerate(zip(targets, steps, strict=True)):
-            out = self.journal.out_of_use(self._names, step)
+            out = out_at[step]
             if target is not None and int(shards[place]) in out:
                 targets[place] = None
                 block.ids[place] = sample = next(self._stand_ins(epoch, int(block.planned[place]), out))
@@ -207,14 +214,20 @@ class ShardLoader:
             shard = int(self._index.shard_of(ids[slot : slot + 1])[0])
             if slot in failed and shard not in out:
                 damage[Damage(self._names[shard], failed[slot])] = None
-            for sample in self._stand_ins(epoch, int(planned[slot]), out):
+            for sample in itertools.islice(self._stand_ins(epoch, int(planned[slot]), out), STAND_INS_TRIED):
                 part = self._part_of(sample, (rows, slot))
                 outcome: Outcome = self._reader.read(part, epoch)
                 if not outcome.failed:
                     break
                 damage[Damage(self._names[part.shard], outcome.failed[0])] = None
+            else:
+                names = sorted({found.name for found in damage})
+                raise DataError(
+                    f"{self._index.path}: neither a sample of {names[0]} nor {STAND_INS_TRIED} that may stand in for "
+                    f"it can be read ({len(names)} damaged shards so far): see whether the shards are still there"
+                )
             ids[slot], labels[slot] = sample, outcome.labels[0]
-            if slot in failed:
+            if slot in failed and shard not in out:
                 used.append(Substitute(step, int(planned[slot]), sample))
         return tuple(damage), tuple(used)
 

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,7 @@ from uvit_dist.data.batch import Batch, Rows
 from uvit_dist.data.plan import Ids
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.diffusion.keyed_random import keyed_bits
-from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.errors import DataError, NoSuchFileError
 
 PART_BYTES = 8 << 20
 """Bytes of a shard that are read, cached and retried together."""
@@ -32,6 +33,8 @@ MERGED_GAP = {False: 1 << 15, True: 4 << 20}
 4 MB pass while a new request waits for its first byte."""
 TOGETHER_BYTES, MOST_TOGETHER = 1 << 18, 256
 """Bytes, and samples at most, read by one call and hashed while they are in the processor's cache."""
+WORTH_CACHING = 16
+"""A part of which less than a sixteenth is wanted is not fetched whole for the cache's sake."""
 TRIES = 4
 """Readings of what does not agree with its hash, or is not there, before it is called damaged."""
 PAUSE_S = {False: 0.002, True: 0.1}
@@ -68,7 +71,7 @@ def _check(items: Sequence[_Item], got: int, failed: dict[int, str]) -> None:
     """Note each item that is not whole. got: where what was read ends, in bytes of the file."""
     for start, expected, view, place in items:
         if start + len(view) > got:
-            failed[place] = f"ends at byte {got} where {start + len(view)} are expected: truncated"
+            failed[place] = f"ends before byte {start + len(view)}, where the index has a sample: truncated"
         elif xxhash.xxh3_64_intdigest(view) != expected:
             failed[place] = f"the sample at byte {start} differs from its hash in the index"
 
@@ -93,8 +96,8 @@ class SampleReader:
 
     def __init__(self, index: ShardIndex, seed: int, caption_purpose: str = "caption") -> None:
         self.index, self._seed, self._purpose = index, seed, caption_purpose
-        self._rows = lru_cache(maxsize=512)(index.rows)
-        self._context_rows = lru_cache(maxsize=512)(index.context_rows)
+        self._rows = lru_cache(maxsize=max(512, len(index.shards)))(index.rows)
+        self._context_rows = lru_cache(maxsize=max(512, len(index.shards)))(index.context_rows)
         self._local = threading.local()
         bytes_each = index.shards[0].size / max(1, index.shards[0].samples) if index.shards else 1
         self.part_samples = max(1, int(PART_BYTES / max(1.0, bytes_each)))
@@ -109,11 +112,17 @@ class SampleReader:
     def read_ids(self, ids: Ids, epoch: int = 0) -> Batch:
         """The samples of the given ids, (b,), in this order. Raises ``DataError`` on any damage."""
         rows, labels = Rows(self.index.provenance, len(ids)), np.empty(len(ids), dtype=np.int64)
-        for place, (shard, number) in enumerate(zip(self.index.shard_of(ids).tolist(), ids.tolist(), strict=True)):
-            outcome = self.read(Part(shard, number - int(self.index.starts[shard]), [(rows, place)]), epoch)
+
+        def read(place: int) -> None:
+            shard = int(shards[place])
+            outcome = self.read(Part(shard, int(ids[place] - self.index.starts[shard]), [(rows, place)]), epoch)
             for reason in outcome.failed.values():
                 raise DataError(f"{self.index.shard_path(shard)}: {reason}. Make or copy this shard again.")
             labels[place] = outcome.labels[0]
+
+        shards = self.index.shard_of(ids)
+        with ThreadPoolExecutor(8 if storage.is_remote(self.index.path) else 1) as pool:
+            list(pool.map(read, range(len(ids))))
         known = torch.from_numpy(np.array(ids, dtype=np.int64)), torch.from_numpy(labels)
         return Batch(0, epoch, *known, *rows.tensors())
 
@@ -144,7 +153,7 @@ class SampleReader:
             if self.index.provenance.text is not None:
                 drawn = self._draw_captions(part.shard, part.first, count, epoch)
                 columns.append((drawn["offset"].astype(np.int64), drawn["xxh3"], "contexts"))
-        except MissingInputError:
+        except NoSuchFileError:
             return dict.fromkeys(todo, "its table of samples is missing")
         except DataError:
             return dict.fromkeys(todo, "its table of samples is damaged")
@@ -158,12 +167,17 @@ class SampleReader:
         try:
             path = self.index.shard_path(part.shard)
             if not storage.is_remote(path):
-                return self._scatter(path, items)
+                return self._read_local(path, items)
             return self._fetch(path, part, items, fresh)
-        except MissingInputError:
+        except NoSuchFileError:
             return dict.fromkeys(todo, "missing")
-        except OSError as error:
-            return dict.fromkeys(todo, f"cannot be read ({error.strerror or error})")
+
+    def _read_local(self, path: str, items: list[_Item]) -> dict[int, str]:
+        """As ``_scatter``, again after errors of the file system that pass. They are no damage."""
+        try:
+            return self._scatter(path, items)
+        except OSError:
+            return storage.persistently(path, lambda progress: self._scatter(path, items))
 
     def _scatter(self, path: str, items: list[_Item]) -> dict[int, str]:
         """Read items of a local file straight to their places, a few with one call, and check them."""
@@ -172,7 +186,7 @@ class SampleReader:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise MissingInputError(path) from None
+            raise NoSuchFileError(path) from None
         try:
             number = 0
             while number < len(items):
@@ -196,17 +210,16 @@ class SampleReader:
     def _fetch(self, path: str, part: Part, items: list[_Item], fresh: bool) -> dict[int, str]:
         """Read items of a remote file by few ranged requests, or its whole part from the cache, and check them."""
         failed: dict[int, str] = {}
-        whole, name = self._grid_part(part)
-        if storage.cache() is None:
-            runs = _runs(items)
-        elif fresh:
-            storage.forget(name)
-            runs = _runs(items)
-        else:
-            runs = [(*whole, items)]
+        runs, kept_as, kept = _runs(items), None, storage.cache()
+        if kept is not None:
+            whole, name = self._grid_part(part)
+            if fresh:
+                storage.forget(name)
+            elif kept.has(name) or len(items) * WORTH_CACHING >= min(self.part_samples, self.index.counts[part.shard]):
+                runs, kept_as = [(*whole, items)], name
         for begin, end, members in runs:
             content = self._scratch(end - begin)
-            got = begin + storage.read_into(path, begin, content, cache_as=None if fresh else name)
+            got = begin + storage.read_into(path, begin, content, cache_as=kept_as)
             for start, _, view, _ in members:
                 if start + len(view) <= got:
                     view[:] = content[start - begin : start - begin + len(view)]

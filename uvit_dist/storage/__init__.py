@@ -21,7 +21,7 @@ from uvit_dist.storage.files import (
     write_bytes,
 )
 from uvit_dist.storage.part_cache import cache, forget
-from uvit_dist.storage.remote import COUNTS, Counts, configure
+from uvit_dist.storage.remote import COUNTS, Counts, configure, persistently
 
 __all__ = [
     "COUNTS",
@@ -38,6 +38,7 @@ __all__ = [
     "locked",
     "make_directory",
     "parent",
+    "persistently",
     "read_bytes",
     "read_into",
     "read_range",

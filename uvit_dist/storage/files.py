@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from uvit_dist.errors import DataError, MissingInputError, OutputError
+from uvit_dist.errors import DataError, MissingInputError, NoSuchFileError, OutputError
 from uvit_dist.storage import remote
 from uvit_dist.storage.part_cache import cache
 
@@ -296,6 +296,6 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise MissingInputError(f"{path}: no such file; make it or correct the path") from None
+        raise NoSuchFileError(f"{path}: no such file; make it or correct the path") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise MissingInputError(f"{path}: cannot be read ({error.strerror})") from None

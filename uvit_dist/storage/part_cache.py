@@ -43,7 +43,10 @@ class PartCache:
         try:
             with open(self._path(name), "rb", buffering=0) as file:
                 found = os.fstat(file.fileno()).st_size == len(view) and file.readinto(view) == len(view)
-                os.utime(file.fileno())  # used now
+                if found:
+                    os.utime(file.fileno())  # used now
+                else:
+                    self.drop(name)  # a node that crashed may leave less than was written
         except OSError:
             found = False
         remote.COUNTS.add(**{"cache_hits" if found else "cache_misses": 1})
@@ -68,8 +71,11 @@ class PartCache:
                     if file.write(data) != len(data):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 temporary.rename(path)
-            finally:
+            except OSError:
                 temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self._release(len(data))
+                raise
         except OSError as error:
             self._on = False
             log.warning(
@@ -78,10 +84,21 @@ class PartCache:
                 error.strerror or error,
             )
 
+    @property
+    def on(self) -> bool:
+        """Whether the disk has taken all so far."""
+        return self._on
+
+    def has(self, name: str) -> bool:
+        """Whether a part is here."""
+        return self._path(name).exists()
+
     def drop(self, name: str) -> None:
         """Delete a part that proved wrong."""
         with contextlib.suppress(OSError):
+            size = self._path(name).stat().st_size
             self._path(name).unlink()
+            self._release(size)
 
     @contextlib.contextmanager
     def _ledger(self) -> Iterator[int]:
@@ -102,6 +119,13 @@ class PartCache:
                 used = self._evict(size)
             os.pwrite(ledger, b"%-32d" % (used + size), 0)
 
+    def _release(self, size: int) -> None:
+        """Count ``size`` bytes as used no more."""
+        with self._ledger() as ledger:
+            text = os.pread(ledger, 32, 0).strip()
+            if text.isdigit():
+                os.pwrite(ledger, b"%-32d" % max(0, int(text) - size), 0)
+
     def _evict(self, size: int) -> int:
         """Delete the least recently used parts until ``size`` more fit well. Returns the bytes in use."""
         found, now = [], time.time()
@@ -113,10 +137,10 @@ class PartCache:
                         abandoned = ".tmp-" in entry.name and now - facts.st_mtime > _ABANDONED_S
                         found.append((0.0 if abandoned else facts.st_mtime, facts.st_size, entry.path))
         used = sum(length for _, length, _ in found)
-        for _, length, path in sorted(found):
+        for at, length, path in sorted(found):
             if used + size <= self._limit * _ROOM:
                 break
-            if ".tmp-" in path and now - os.stat(path).st_mtime <= _ABANDONED_S:
+            if ".tmp-" in path and at > 0:
                 continue  # being written
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -128,14 +152,14 @@ _made: dict[tuple[str, float], PartCache] = {}
 
 
 def cache() -> PartCache | None:
-    """The cache that the storage section asks for, or none."""
+    """The cache that the storage section asks for, or none; none, too, once its disk has refused."""
     section = remote.settings()
     if section.cache_dir is None or section.cache_gb is None:
         return None
     key = (section.cache_dir, section.cache_gb)
     if key not in _made:
         _made[key] = PartCache(section.cache_dir, int(section.cache_gb * 1e9))
-    return _made[key]
+    return _made[key] if _made[key].on else None
 
 
 def forget(name: str) -> None:

@@ -36,11 +36,11 @@ from obstore.store import S3Store
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from uvit_dist.config import StorageConfig
-from uvit_dist.errors import ConfigError, MissingInputError, UnavailableError
+from uvit_dist.errors import ConfigError, MissingInputError, UnavailableError, UserError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Bytes of a body that are handed on at once; what has arrived is not asked for again."""
 
 GIVE_CREDENTIALS = (
@@ -158,7 +158,7 @@ def _s3_store(bucket: str) -> S3Store:
             "allow_http": found.endpoint_url.startswith("http://"),
             "connect_timeout": timedelta(seconds=10),
             "read_timeout": timedelta(seconds=_settings.stall_s),
-            "timeout": timedelta(days=1),  # of the whole request; silence is what ends one
+            "timeout": timedelta(seconds=10 * _settings.stall_s),  # of one request, which then goes on at its byte
         },
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
         **({} if amazon else {"endpoint": found.endpoint_url}),
@@ -194,8 +194,10 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(error, (*_PERMANENT, PermissionDeniedError, UnauthenticatedError)):
         return False
     status = _status(error)
-    if status is not None and status < 500 and status not in _TRANSIENT_STATUS:
+    if status is not None and status not in _TRANSIENT_STATUS:
         return status in (200, 206)  # the answer was right, its body broke off
+    if "redirect" in str(error).lower():  # another region's bucket
+        return False
     kinds = (OSError, ObstoreError, asyncio.TimeoutError, HTTPClientError, BotoConnectionError, ClientError)
     return isinstance(error, kinds) or type(error).__module__.startswith("aiohttp.")
 
@@ -203,8 +205,8 @@ def _is_transient(error: BaseException) -> bool:
 def persistently(path: str, action: Callable[[_Progress], T]) -> T:
     """action(progress), again after faults that pass, with growing, random pauses, until nothing moves any more.
 
-    Raises ``UnavailableError`` when nothing came for storage.retry_s seconds, ``MissingInputError`` for refused
-    credentials, ``FileNotFoundError``.
+    Raises ``UnavailableError`` when nothing came for storage.retry_s seconds, ``MissingInputError`` for what no retry
+    mends (refused credentials, another region), ``FileNotFoundError``.
     """
     progress = _Progress()
 
@@ -230,9 +232,14 @@ def persistently(path: str, action: Callable[[_Progress], T]) -> T:
             f"{path}: the server refuses access ({_brief(error)}); correct the credentials, storage.profile or "
             "storage.endpoint"
         ) from None
+    except (UserError, FileNotFoundError):
+        raise
     except Exception as error:
-        if not _is_transient(error):
+        if _status(error) == _BEYOND_THE_END:
             raise
+        if not _is_transient(error):
+            where = f"storage.endpoint {_settings.endpoint or 'unset'}, storage.region {_settings.region or 'unset'}"
+            raise MissingInputError(f"{path}: cannot be had ({_brief(error)}); correct the URL, or {where}") from None
         raise UnavailableError(
             f"{path}: nothing came for {_settings.retry_s:g} seconds of retries (last: {_brief(error)}); see to the "
             "network and storage.endpoint, or raise storage.retry_s, and start again: nothing is lost"
