@@ -208,7 +208,7 @@ def test_shards_that_are_all_gone_end_the_run(index_path):
     next(batches)
     for tar in index_path.parent.glob("*.tar"):
         tar.unlink()
-    with pytest.raises(DataError, match="nor 16 that may stand in for it can be read .* see whether the shards are"):
+    with pytest.raises(DataError, match=r"nor 16 that may stand in for it can be read .* see whether the shards are"):
         [next(batches) for _ in range(8)]
 
 
