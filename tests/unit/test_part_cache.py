@@ -67,8 +67,6 @@ def test_a_ledger_that_a_killed_process_left_wrong_is_corrected(tmp_path):
     (tmp_path / "parts/ledger").write_bytes(b"9900")
     abandoned = cache._path(name(1)).with_name("x.tmp-1")
     abandoned.write_bytes(b"x" * PART)
-    old = time.time() - 7200
-    os.utime(abandoned, (old, old))
     for number in range(1, 9):
         cache.write(name(number), part(number))
     assert all(cache._path(name(number)).exists() for number in range(1, 9))
@@ -118,7 +116,7 @@ def test_a_disk_that_refuses_turns_it_off_with_one_warning(tmp_path, monkeypatch
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache, "_reserve", refuse)
+    monkeypatch.setattr(cache, "_make_room", refuse)
     with caplog.at_level(logging.WARNING, "uvit_dist"):
         cache.write(name(0), part(0))
         cache.write(name(1), part(1))
@@ -131,9 +129,7 @@ def test_a_disk_that_refuses_turns_it_off_with_one_warning(tmp_path, monkeypatch
 def test_a_disk_that_is_really_full(tmp_path):
     """/dev/full refuses every byte as a full disk does."""
     cache = PartCache(str(tmp_path), 10 * PART)
-    original = cache._path(name(0)).with_name
     cache._path(name(0)).parent.mkdir(parents=True)
-    assert original is not None
     (tmp_path / "parts" / "ledger").symlink_to("/dev/full")
     cache.write(name(0), part(0))
     assert held(tmp_path) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import random
 import threading
@@ -24,7 +23,7 @@ from uvit_dist.data.batch import Batch, Rows
 from uvit_dist.data.plan import Ids
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.diffusion.keyed_random import keyed_bits
-from uvit_dist.errors import DataError, NoSuchFileError
+from uvit_dist.errors import DataError, MissingInputError, NoSuchFileError
 
 PART_BYTES = 8 << 20
 """Bytes of a shard that are read, cached and retried together."""
@@ -39,8 +38,6 @@ TRIES = 4
 """Readings of what does not agree with its hash, or is not there, before it is called damaged."""
 PAUSE_S = {False: 0.002, True: 0.1}
 """Longest first pause between them, for (local, remote) files."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,6 +173,8 @@ class SampleReader:
         """As ``_scatter``, again after errors of the file system that pass. They are no damage."""
         try:
             return self._scatter(path, items)
+        except PermissionError:
+            raise MissingInputError(f"{path}: cannot be read (Permission denied); mend its permissions") from None
         except OSError:
             return storage.persistently(path, lambda progress: self._scatter(path, items))
 

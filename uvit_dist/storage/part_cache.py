@@ -1,8 +1,8 @@
 """A cache of parts of remote files on a node's own disk: bounded, least recently used goes first, shared by processes.
 
-A part is a file that appears whole. What is used is counted in a ledger under a lock, so that the ranks of a node, and
-of several runs, keep the limit together; a ledger that a killed process left wrong is corrected by the next eviction.
-Its content is trusted no more than the network's: whoever reads checks hashes, and drops what is wrong.
+A part is a file that appears whole. It is written, and counted in a ledger, under one lock, so that the ranks of a
+node and of several runs, keep the limit together; a ledger that a killed process left wrong is corrected by the next
+eviction. Its content is trusted no more than the network's: whoever reads checks hashes, and drops what is wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import errno
 import fcntl
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,6 @@ from uvit_dist.storage import remote
 
 log = logging.getLogger(__name__)
 _LEDGER = "ledger"
-_ABANDONED_S = 3600.0
-"""Age at which a temporary file is one that a killed process left."""
 _ROOM = 0.9
 """Share of the limit that an eviction leaves in use."""
 
@@ -63,19 +60,20 @@ class PartCache:
         temporary = path.with_name(f"{name}.tmp-{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                return
-            self._reserve(len(data))
-            try:
-                with open(temporary, "wb", buffering=0) as file:
-                    if file.write(data) != len(data):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                temporary.rename(path)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    self._release(len(data))
-                raise
+            with self._ledger() as ledger:  # until the part is there: the limit holds at every moment
+                if path.exists():
+                    return
+                used = self._make_room(ledger, len(data))
+                os.pwrite(ledger, b"%-32d" % (used + len(data)), 0)
+                try:
+                    with open(temporary, "wb", buffering=0) as file:
+                        if file.write(data) != len(data):
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    temporary.rename(path)
+                except OSError:
+                    temporary.unlink(missing_ok=True)
+                    os.pwrite(ledger, b"%-32d" % used, 0)
+                    raise
         except OSError as error:
             self._on = False
             log.warning(
@@ -110,14 +108,11 @@ class PartCache:
         finally:
             os.close(descriptor)
 
-    def _reserve(self, size: int) -> None:
-        """Count ``size`` bytes as used, after making room for them."""
-        with self._ledger() as ledger:
-            text = os.pread(ledger, 32, 0).strip()
-            used = int(text) if text.isdigit() else self._evict(size)
-            if used + size > self._limit:
-                used = self._evict(size)
-            os.pwrite(ledger, b"%-32d" % (used + size), 0)
+    def _make_room(self, ledger: int, size: int) -> int:
+        """Evict until ``size`` more bytes fit. Returns the bytes in use. The ledger is locked."""
+        text = os.pread(ledger, 32, 0).strip()
+        used = int(text) if text.isdigit() else self._evict(size)
+        return used if used + size <= self._limit else self._evict(size)
 
     def _release(self, size: int) -> None:
         """Count ``size`` bytes as used no more."""
@@ -128,20 +123,17 @@ class PartCache:
 
     def _evict(self, size: int) -> int:
         """Delete the least recently used parts until ``size`` more fit well. Returns the bytes in use."""
-        found, now = [], time.time()
+        found = []
         for folder in self._root.iterdir():
             if folder.is_dir():
                 for entry in os.scandir(folder):
                     with contextlib.suppress(FileNotFoundError):
-                        facts = entry.stat()
-                        abandoned = ".tmp-" in entry.name and now - facts.st_mtime > _ABANDONED_S
+                        facts, abandoned = entry.stat(), ".tmp-" in entry.name  # none is written while we hold the lock
                         found.append((0.0 if abandoned else facts.st_mtime, facts.st_size, entry.path))
         used = sum(length for _, length, _ in found)
-        for at, length, path in sorted(found):
+        for _, length, path in sorted(found):
             if used + size <= self._limit * _ROOM:
                 break
-            if ".tmp-" in path and at > 0:
-                continue  # being written
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             used -= length
