@@ -70,18 +70,29 @@ class DiffusionConfig(Section):
     null_label: int | None = Field(None, ge=0, description="the label that means 'no class'; needed for guidance")
 
 
+SPLITS = {
+    "cifar10": ("train", "test"),
+    "celeba": ("train", "validation", "test"),
+    "imagenet_tars": ("train", "validation"),
+}
+"""Parts of the sources of images that have parts."""
+
+
 class DataConfig(Section):
     """The training samples: how they are made, where they are, in which order they are read."""
 
     space: Literal["latents", "pixels"] = Field("latents", description="what the network is trained on")
-    format: Literal["folder", "cifar10", "celeba", "coco", "digits"] = Field(
+    format: Literal["folder", "imagenet_tars", "webdataset", "cifar10", "celeba", "coco", "digits"] = Field(
         "folder",
-        description="'folder': images, in one folder for each class or in one alone; 'cifar10': its binary files; "
-        "'celeba': the folder of img_align_celeba and list_eval_partition.txt; 'coco': images named by data.captions; "
-        "'digits': scikit-learn's, no source needed",
+        description="'folder': images, in one folder for each class or in one alone; 'imagenet_tars': ImageNet's own "
+        "tar files; 'webdataset': tars of images with labels or captions, as img2dataset writes them; 'cifar10': its "
+        "binary files; 'celeba': the folder of img_align_celeba and list_eval_partition.txt; 'coco': images named by "
+        "data.captions; 'digits': scikit-learn's, no source needed",
     )
-    source: str | None = Field(None, description="where the original images lie")
-    split: Literal["train", "validation", "test"] = Field("train", description="part of cifar10 and celeba to read")
+    source: str | None = Field(None, description="where the original images lie: a path or s3:// URL")
+    split: Literal["train", "validation", "test"] = Field(
+        "train", description="part of cifar10, celeba or imagenet_tars to read"
+    )
     captions: str | None = Field(None, description="captions of COCO's images: its captions_*.json")
     image_size: int = Field(gt=0, description="side of the images after the crop, pixels")
     crop: Literal["none", "adm", "celeba", "coco"] = Field(
@@ -119,16 +130,43 @@ class DataConfig(Section):
                 (self.format == "digits" or self.source is not None, f"source: missing; format {self.format} needs it"),
                 (self.format != "coco" or self.captions is not None, "captions: missing; format coco needs it"),
                 (
-                    self.split == "train" or self.format in ("cifar10", "celeba"),
-                    f"split {self.split}: only cifar10 and celeba have parts; for others give another source",
+                    self.split == "train" or self.format in SPLITS,
+                    f"split {self.split}: only {', '.join(SPLITS)} have parts; for others give another source",
                 ),
                 (
-                    self.split != "validation" or self.format != "cifar10",
-                    "split validation: cifar10 has train and test alone",
+                    self.split in SPLITS.get(self.format, (self.split,)),
+                    f"split {self.split}: {self.format} has {' and '.join(SPLITS.get(self.format, ()))} alone",
                 ),
             ]
         )
         return self
+
+
+class PrecomputeConfig(Section):
+    """How images become shards. batch_size, precision, channels_last and compile change the bits of what is stored."""
+
+    batch_size: int = Field(64, gt=0, description="images (or captions) in one forward pass of an encoder")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the autoencoder's encoder: fp32 without TF32, or bf16 autocast, whose error is reported"
+    )
+    channels_last: bool = Field(False, description="lay images out with channels last, for GPUs")
+    compile: bool = Field(False, description="compile the encoder with torch.compile")
+    decode_processes: int | None = Field(
+        None,
+        ge=0,
+        description="processes of each worker that read and crop images; none: the machine's cores, shared by its "
+        "workers; 0: in the worker itself; changes nothing but time",
+    )
+    bad_image_limit: float = Field(
+        0.001, ge=0, lt=1, description="share of the images that may prove unusable, and be left out, before it fails"
+    )
+    exif_rotation: bool = Field(
+        False, description="turn images as their EXIF orientation says; false: as stored, as the official code has them"
+    )
+    lease_s: float = Field(
+        60.0, gt=0, description="seconds of silence after which another worker takes over a worker's unit of work"
+    )
+    contact_sheet: int = Field(16, ge=0, description="images shown in contact_sheet.png, decoded and original; 0: none")
 
 
 class StorageConfig(Section):
@@ -312,6 +350,7 @@ class Config(Section):
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
+    precompute: PrecomputeConfig = PrecomputeConfig()
     storage: StorageConfig = StorageConfig()
     validation: ValidationConfig | None = Field(None, description="none: no validation loss")
     autoencoder: AutoencoderConfig | None = Field(None, description="none: the network is trained on pixels")

@@ -71,7 +71,7 @@ def test_types_are_strict_but_yaml_numbers_are_numbers():
         (["seed=18446744073709551616"], "seed: 18446744073709551616: Input should be less than"),
         (["data.format=folder"], "data: source: missing; format folder needs it"),
         (["data.format=coco", "data.source=x"], "data: captions: missing; format coco needs it"),
-        (["data.split=test"], "data: split test: only cifar10 and celeba have parts"),
+        (["data.split=test"], "data: split test: only cifar10, celeba, imagenet_tars have parts"),
         (["data.space=pixels"], "autoencoder: data.space pixels has none"),
         (["data.space=pixels", "autoencoder=null"], "must be 3 and data.image_size 32, the shape of the pixels"),
         (["autoencoder=null"], "autoencoder: missing; latents need it"),

@@ -1,6 +1,7 @@
 """Files by path and by URL: whole or not there, exact ranges, errors that say what to do."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_missing_files_are_named(base):
         with pytest.raises(MissingInputError, match=r"none\.bin: no such file"):
             call(path)
     assert storage.sizes_in(storage.join(base, "nowhere")) == {}
+
+
+def test_of_several_who_create_a_file_one_does(base, tmp_path):
+    path = storage.join(base, "below", "claim")
+    (tmp_path / "below").mkdir()
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: storage.create(path, b"%d" % number), range(8)))
+    assert made.count(True) == 1
+    assert storage.read_bytes(path) == b"%d" % made.index(True)
+    assert storage.tree(base) == {"below/claim": 1}
+    storage.remove(path)
+    assert storage.create(path, b"again")
+
+
+def test_a_tree_is_all_files_below_in_order(base, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("b.txt", "a/x.txt", "a/b/y.txt"):
+        storage.write_bytes(storage.join(base, *name.split("/")), name.encode())
+    assert list(storage.tree(base).items()) == [("a/b/y.txt", 9), ("a/x.txt", 7), ("b.txt", 5)]
+    assert storage.tree(storage.join(base, "nowhere")) == {}
 
 
 def write_half(path):

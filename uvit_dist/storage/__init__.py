@@ -2,6 +2,7 @@
 
 from uvit_dist.storage.files import (
     atomic_write,
+    create,
     exists,
     fsync_directory,
     is_remote,
@@ -18,6 +19,7 @@ from uvit_dist.storage.files import (
     size,
     sizes_in,
     stream,
+    tree,
     write_bytes,
 )
 from uvit_dist.storage.part_cache import cache, forget
@@ -29,6 +31,7 @@ __all__ = [
     "atomic_write",
     "cache",
     "configure",
+    "create",
     "exists",
     "forget",
     "fsync_directory",
@@ -47,5 +50,6 @@ __all__ = [
     "size",
     "sizes_in",
     "stream",
+    "tree",
     "write_bytes",
 ]

@@ -135,6 +135,24 @@ def stream(path: str, length: int, ahead: int = 4) -> Iterator[bytes]:
             yield waiting.popleft().result()
 
 
+def tree(directory: str) -> dict[str, int]:
+    """Path below a directory, with "/" → bytes, of its files at any depth, in order. Empty where there is none."""
+    if is_remote(directory):
+        _, top = remote.filesystem(directory)
+        top = top.rstrip("/") + "/"
+        with contextlib.suppress(FileNotFoundError):
+            found = _ask(directory, "find", detail=True)
+            return {k.removeprefix(top): int(found[k]["size"]) for k in sorted(found) if k.startswith(top)}
+        return {}
+    out = {}
+    for folder, _, names in os.walk(directory, followlinks=True):
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):  # a link to nothing
+                out[os.path.relpath(path, directory)] = os.stat(path).st_size
+    return dict(sorted(out.items()))
+
+
 def make_directory(directory: str) -> None:
     """Create a local directory and its parents. Raises ``OutputError`` where that cannot be. URLs need none."""
     if is_remote(directory):
@@ -222,6 +240,30 @@ def write_bytes(path: str, data: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_write(path) as file:
         file.write(data)
+
+
+def create(path: str, data: bytes) -> bool:
+    """Write a whole file if there is none, atomically, whoever else tries. Returns whether it is now this one.
+
+    data: must not be what another would write. Raises ``OutputError``, ``UnavailableError``.
+    """
+    if is_remote(path):
+        try:
+            return bool(remote.persistently(path, lambda progress: remote.create(path, data)))
+        except FileExistsError:
+            return read_bytes(path) == data  # an earlier try of ours may have come through
+    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
+    try:
+        Path(temporary).write_bytes(data)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    return True
 
 
 def remove(path: str) -> None:

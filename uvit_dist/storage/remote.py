@@ -30,8 +30,8 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, UnauthenticatedError
 from obstore.exceptions import BaseError as ObstoreError
-from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
@@ -48,7 +48,7 @@ GIVE_CREDENTIALS = (
 )
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _BEYOND_THE_END = 416
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass
@@ -232,7 +232,7 @@ def persistently(path: str, action: Callable[[_Progress], T]) -> T:
             f"{path}: the server refuses access ({_brief(error)}); correct the credentials, storage.profile or "
             "storage.endpoint"
         ) from None
-    except (UserError, FileNotFoundError):
+    except (UserError, FileNotFoundError, FileExistsError):
         raise
     except Exception as error:
         if _status(error) == _BEYOND_THE_END:
@@ -251,6 +251,24 @@ def _brief(error: BaseException | None) -> str:
     """The first line of an error, without what follows a URL's question mark: it may be a signature."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {re.sub(r'[?][^ ]*', '?…', ' '.join(lines[:3]))[:300]}"
+
+
+def create(path: str, data: bytes) -> bool:
+    """Put an object if there is none of that name, by a conditional request. True.
+
+    Raises ``FileExistsError``, ``OSError``, and what obstore raises.
+    """
+    if not path.startswith("s3://"):
+        other, key = filesystem(path)
+        other.makedirs(key.rsplit("/", 1)[0], exist_ok=True)
+        other.pipe_file(key, data, mode="create")
+        return True
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    try:
+        obstore.put(_client(_s3_store, bucket), key, data, mode="create")
+    except AlreadyExistsError:
+        raise FileExistsError(path) from None
+    return True
 
 
 def read_into(path: str, offset: int, view: memoryview) -> int:
