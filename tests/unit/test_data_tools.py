@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_tools.crops import adm_crop, coco_crop
 from data_tools.fid_reference import make_reference
-from data_tools.images import adm_crop, coco_crop
 from data_tools.precompute_latents import precompute
 from data_tools.shard_job import plan_shards
 from data_tools.sources import open_source
