@@ -19,10 +19,11 @@ from uvit_dist.dist import Ranks
 log = logging.getLogger(__name__)
 
 
-class _AroundProgress(logging.Handler):
+class AroundProgress(logging.Handler):
     """Writes log lines to stderr without tearing a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
         tqdm.write(self.format(record), file=sys.stderr)
 
 
@@ -33,7 +34,7 @@ def set_up_logging(run_dir: str, ranks: Ranks) -> Path:
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(path)]
     if ranks.is_main:
-        handlers.append(_AroundProgress())
+        handlers.append(AroundProgress())
     logger = logging.getLogger("uvit_dist")
     logger.setLevel(logging.INFO)
     logger.propagate = False

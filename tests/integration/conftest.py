@@ -24,7 +24,7 @@ def data_dir(tmp_path_factory):
     config = tiny_config(directory, directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute_latents, "open_source", lambda *_: FewDigits())
-        precompute_latents.precompute(config, 32, torch.device("cpu"))
+        precompute_latents.precompute(config, torch.device("cpu"))
     out = io.BytesIO()
     np.savez(out, **make_reference(config))
     (directory / "reference.npz").write_bytes(out.getvalue())
