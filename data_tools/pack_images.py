@@ -13,8 +13,7 @@ from torch import Tensor
 from data_tools.decoding import CHUNK
 from data_tools.images import ImageSource, source_fingerprint
 from data_tools.pipeline import Finish
-from data_tools.shard_job import command_line, make_from_images, require_tool
-from data_tools.sources import open_source
+from data_tools.shard_job import command_line, make_from_images, open_images, require_tool
 from data_tools.units import Unit
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Provenance, Sample
@@ -38,11 +37,11 @@ class PixelsMaker:
         return lambda: [[Sample(*fields) for fields in zip(keys, labels, data, strict=True)]]
 
 
-def pack(config: Config) -> list[ShardRecord]:
+def make(config: Config) -> list[ShardRecord]:
     """Do a share of the work until all is done, then see to the index. Raises ``UserError`` of the right kind."""
     require_tool(config, "pack_images")
     data = config.data
-    source = open_source(data)
+    source = open_images(config)
     provenance = Provenance(
         kind="pixels",
         dtype="uint8",
@@ -61,7 +60,7 @@ def pack(config: Config) -> list[ShardRecord]:
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: pack(config))
+    command_line(__doc__, lambda config, args: make(config))
 
 
 if __name__ == "__main__":

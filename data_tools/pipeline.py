@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import time
 from collections import deque
@@ -140,7 +141,8 @@ class Pipeline:
         self.times = Times()
         self._open: dict[int, _Work] = {}
         self._closing: deque[_Work] = deque()
-        self._bar = tqdm(total=len(job.keys), unit="image", disable=None)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._bar = tqdm(total=len(job.keys), unit="image", disable=None if first else True)
 
     def run(self) -> ShardIndex:
         """Work until all units are done, by whomever, and merged. Raises what a part of it raises.
@@ -226,7 +228,8 @@ class Pipeline:
             if why is not None:
                 work.bad[self.job.keys[number]] = why
         self.times.images += len(chunk.pixels)
-        self.job.note(work.unit, chunk.first + len(chunk.pixels), work.bad)
+        rate = self.times.images / max(1e-9, time.monotonic() - self.times.began)
+        self.job.note(work.unit, chunk.first + len(chunk.pixels), work.bad, rate)
         self._bar.update(len(chunk.pixels))
 
     def _deliver(self, work: _Work, places: range, finish: Finish) -> None:

@@ -20,9 +20,14 @@ from torch import Tensor
 
 from data_tools.images import ImageSource
 from data_tools.pipeline import Finish
-from data_tools.precompute_latents import MomentsMaker, encoder_settings, moments_provenance, open_encoder
-from data_tools.shard_job import as_stored, command_line, make_from_images, require_tool, this_device
-from data_tools.sources import open_source
+from data_tools.precompute_latents import (
+    MomentsMaker,
+    encoder_settings,
+    moments_provenance,
+    open_encoder,
+    tell_difference,
+)
+from data_tools.shard_job import as_stored, command_line, make_from_images, open_images, require_tool, this_device
 from data_tools.units import Unit, claim_directory
 from uvit_dist import storage
 from uvit_dist.config import Config
@@ -106,7 +111,7 @@ def precompute(config: Config, device: torch.device) -> list[ShardRecord]:
     require_tool(config, "precompute_text")
     assert config.text is not None
     data, section = config.data, config.text
-    source = open_source(data)
+    source = open_images(config)
     encoder = load_text(section).to(device)
     autoencoder = open_encoder(config, device)
     claim_directory(data.index)
@@ -114,12 +119,18 @@ def precompute(config: Config, device: torch.device) -> list[ShardRecord]:
     text = write_empty_context(data.index, empty, encoder.fingerprint)
     provenance = moments_provenance(config, source, autoencoder, text)
     maker = TextMaker(source, autoencoder, encoder, config, device)
+    tell_difference(maker, source, config)
     return make_from_images(config, source, provenance, encoder_settings(config.precompute), maker)
+
+
+def make(config: Config) -> list[ShardRecord]:
+    """``precompute`` on this worker's device."""
+    return precompute(config, this_device())
 
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: precompute(config, this_device()))
+    command_line(__doc__, lambda config, args: make(config))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from data_tools.images import ImageSource, Item
 from data_tools.pipeline import POLL_S, Maker, Pipeline
-from data_tools.units import ShardJob
+from data_tools.sources import open_source
+from data_tools.units import WORK, ShardJob
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
@@ -107,12 +109,32 @@ def as_stored(array: NDArray[Any], dtype: str, what: str, setting: str) -> NDArr
     return stored
 
 
-def require_tool(config: Config, tool: str) -> None:
-    """Raises ``ConfigError`` where the configuration needs another of these commands."""
+def tool_of(config: Config) -> str:
+    """The command that makes a configuration's shards from images. Raises ``ConfigError`` where there is none."""
     space, text = config.data.space, config.model.clip_dim is not None
     if space == "pixels" and text:
         raise ConfigError(f"data.space pixels with model.clip_dim {config.model.clip_dim}: text systems are of latents")
-    right = "pack_images" if space == "pixels" else "precompute_text" if text else "precompute_latents"
+    return "pack_images" if space == "pixels" else "precompute_text" if text else "precompute_latents"
+
+
+def run(config: Config) -> list[ShardRecord]:
+    """Do a share of the job that a configuration needs, as a rank of a launched one. Raises as the commands do."""
+    module = importlib.import_module(f"data_tools.{tool_of(config)}")
+    with interrupted_by(signal.SIGTERM):
+        records: list[ShardRecord] = module.make(config)
+    return records
+
+
+def open_images(config: Config) -> ImageSource:
+    """The images of a job; what its workers find in tars they share. Raises as ``open_source`` does."""
+    directory = storage.parent(config.data.index)
+    scans, rank = storage.join(directory, WORK, "scan"), int(os.environ.get("RANK", "0"))
+    return open_source(config.data, config.precompute.exif_rotation, scans, rank)
+
+
+def require_tool(config: Config, tool: str) -> None:
+    """Raises ``ConfigError`` where the configuration needs another of these commands."""
+    space, text, right = config.data.space, config.model.clip_dim is not None, tool_of(config)
     if tool != right:
         why = f"model.clip_dim {config.model.clip_dim}" if text else f"data.space {space}, no model.clip_dim"
         raise ConfigError(f"{why}: not for data_tools.{tool}; use data_tools.{right}")
@@ -181,7 +203,10 @@ def positive(text: str) -> int:
 
 
 def this_device() -> torch.device:
-    """The GPU of this worker among those of its machine (LOCAL_RANK), or the CPU where there is none."""
+    """The GPU of this worker among those of its machine (LOCAL_RANK); without any, the CPU.
+
+    Raises ``ConfigError`` where the machine has fewer.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -33,7 +33,7 @@ from uvit_dist.data.shards import (
 )
 from uvit_dist.errors import ConfigError, DataError, MissingInputError, OutputError
 from uvit_dist.preflight import contradictions
-from uvit_dist.work import Leases
+from uvit_dist.work import Leases, newest_leases
 
 log = logging.getLogger(__name__)
 STEMS = {"moments": "latents", "pixels": "images"}
@@ -149,7 +149,7 @@ class ShardJob:
         """
         state = self.state()
         self.check_bad(state)
-        held = Leases.newest(state.names)
+        held = newest_leases(state.names)
         todo = [unit for unit in self.units[self._start :] + self.units[: self._start] if unit.name not in state.done]
         for unit in sorted(todo, key=lambda unit: unit.name in held):  # those in other hands last
             if self.leases.claim(unit.name, state.names):
@@ -184,9 +184,12 @@ class ShardJob:
 
     # -- bad images ----------------------------------------------------------------------------------------------------
 
-    def note(self, unit: Unit, images: int, bad: dict[str, str]) -> None:
-        """Tell how far a unit is. Raises ``DataError`` where more images are bad than the configuration allows."""
-        self.leases.note(unit.name, images=images, bad=len(bad))
+    def note(self, unit: Unit, images: int, bad: dict[str, str], images_per_s: float) -> None:
+        """Tell how far a unit is, and how fast this worker.
+
+        Raises ``DataError`` where more images are bad than the configuration allows.
+        """
+        self.leases.note(unit.name, images=images, bad=len(bad), images_per_s=round(images_per_s, 2))
         if bad and self._own_bad.get(unit.name) != bad:
             self._own_bad[unit.name] = dict(bad)
             self.check_bad(self.state())
@@ -236,7 +239,7 @@ class ShardJob:
     def merge(self) -> ShardIndex | None:
         """Write the index and the list of bad images, if all units are done and this worker gets to do it.
 
-        Returns the index; none while units are left, or another worker merges.
+        Returns the index; none while units are left, or another worker merges. Raises ``DataError`` as ``claim`` does.
         """
         state = self.state()
         if len(state.done) < len(self.units) or not self.leases.claim(MERGE, state.names):

@@ -35,12 +35,14 @@ def set_up_logging(run_dir: str, ranks: Ranks) -> Path:
     handlers: list[logging.Handler] = [logging.FileHandler(path)]
     if ranks.is_main:
         handlers.append(AroundProgress())
-    logger = logging.getLogger("uvit_dist")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
     for handler in handlers:
         handler.setFormatter(form)
-        logger.addHandler(handler)
+    for name in ("uvit_dist", "data_tools"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        for handler in handlers:
+            logger.addHandler(handler)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(handlers[0])  # the file alone
     return path

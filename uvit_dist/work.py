@@ -84,6 +84,29 @@ def _died(holder: dict[str, Any], us: dict[str, Any]) -> bool:
         return True
 
 
+def _lease(unit: str, generation: int) -> str:
+    return f"{unit}.lease-{generation}"
+
+
+def newest_leases(names: Iterable[str]) -> dict[str, int]:
+    """Unit → newest generation, of the leases among the names of files."""
+    found: dict[str, int] = {}
+    for name in names:
+        unit, dot, generation = name.rpartition(".lease-")
+        if dot and generation.isdigit():
+            found[unit] = max(found.get(unit, 0), int(generation))
+    return found
+
+
+def holders(directory: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Unit → what its holder last told: ``host``, ``pid``, ``token`` (of the process), ``beat``, ``progress``."""
+    out = {}
+    for unit, generation in newest_leases(names).items():
+        with contextlib.suppress(MissingInputError, ValueError):
+            out[unit] = json.loads(storage.read_bytes(storage.join(directory, _lease(unit, generation))))
+    return out
+
+
 class Leases:
     """Which worker does which unit, told by files beside the output, without a server, and without comparing clocks.
 
@@ -100,22 +123,12 @@ class Leases:
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._show_life, name="leases", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="leases", daemon=True)
         self._thread.start()
-
-    @staticmethod
-    def newest(names: Iterable[str]) -> dict[str, int]:
-        """Unit → newest generation, of the leases among the names of files."""
-        found: dict[str, int] = {}
-        for name in names:
-            unit, dot, generation = name.rpartition(".lease-")
-            if dot and generation.isdigit():
-                found[unit] = max(found.get(unit, 0), int(generation))
-        return found
 
     def claim(self, unit: str, names: Iterable[str]) -> bool:
         """Take a unit that nobody holds, or whose holder is silent or dead. names: the files here, listed just now."""
-        generation = self.newest(names).get(unit)
+        generation = newest_leases(names).get(unit)
         if unit in self._held or (generation is not None and not self._is_silent(unit, generation)):
             return False
         generation = 0 if generation is None else generation + 1
@@ -138,14 +151,6 @@ class Leases:
         for number in range(generation, -1, -1):
             storage.remove(self._path(unit, number))
 
-    def holders(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Unit → what its holder last told: ``host``, ``pid``, ``beat``, ``progress``."""
-        out = {}
-        for unit, generation in self.newest(names).items():
-            with contextlib.suppress(MissingInputError, ValueError):
-                out[unit] = json.loads(storage.read_bytes(self._path(unit, generation)))
-        return out
-
     def close(self) -> None:
         """Give back all that is held."""
         self._end.set()
@@ -155,7 +160,7 @@ class Leases:
                 self.release(unit)
 
     def _path(self, unit: str, generation: int) -> str:
-        return storage.join(self.directory, f"{unit}.lease-{generation}")
+        return storage.join(self.directory, _lease(unit, generation))
 
     def _content(self, progress: dict[str, Any]) -> bytes:
         return json.dumps({**self.us, "beat": self._beats, "progress": progress}).encode()
@@ -175,16 +180,20 @@ class Leases:
             return False
         return time.monotonic() - since > self._lease_s
 
-    def _show_life(self) -> None:
+    def show_life(self) -> None:
+        """Tell of all held units that their holder lives; a thread does it four times in ``lease_s``."""
+        self._beats += 1
+        for unit in list(self._held):
+            with self._writing:
+                with self._lock:
+                    if unit not in self._held:
+                        continue
+                    generation, progress = self._held[unit]
+                try:
+                    storage.write_bytes(self._path(unit, generation), self._content(progress))
+                except UserError as error:
+                    log.warning("no sign of life for %s (%s): another worker may do it too", unit, error)
+
+    def _live(self) -> None:
         while not self._end.wait(self._lease_s / 4):
-            self._beats += 1
-            for unit in list(self._held):
-                with self._writing:
-                    with self._lock:
-                        if unit not in self._held:
-                            continue
-                        generation, progress = self._held[unit]
-                    try:
-                        storage.write_bytes(self._path(unit, generation), self._content(progress))
-                    except UserError as error:
-                        log.warning("no sign of life for %s (%s): another worker may do it too", unit, error)
+            self.show_life()

@@ -108,9 +108,7 @@ def test_a_folder_becomes_shards_and_a_restart_keeps_what_is_done(folder, tmp_pa
     precompute(config, device)
     assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == whole
     kept = {name for name in times if (directory / name).stat().st_mtime_ns == times[name] and name.endswith(".tar")}
-    assert kept == {f"latents-{number:06d}.tar" for number in (0, 4, 5)}, (
-        "no original is made again with its mirror"
-    )
+    assert kept == {f"latents-{number:06d}.tar" for number in (0, 4, 5)}, "no original is made again with its mirror"
 
     precompute(folder_config(folder, tmp_path, "data.samples_per_shard=5", "seed=99"), device)
     other = read_index(config.data.index)
