@@ -1,6 +1,6 @@
 """What becomes of bad and odd images: a table of files, each with its pixels or the reason why it cannot be used.
 
-The picture is a piece of a photograph, 64 x 48. Pixels are compared after data.crop none; ``near`` is the greatest mean
+The picture is a piece of a photograph, 64 x 64. Pixels are compared after data.crop none; ``near`` is the greatest mean
 difference, in grey levels, from what is expected; where there is none, no pixel differs by more than one level.
 """
 
@@ -302,11 +302,11 @@ def test_memory_that_is_not_there_is_a_reason(monkeypatch):
 def test_files_that_vanish_are_empty_or_change_are_bad_and_refused_ones_end_the_job(tmp_path):
     reader = FileReader(SIDE, "none")
     file = tmp_path / "a.png"
-    with pytest.raises(BadImageError, match="^missing$"):
+    with pytest.raises(BadImageError, match=r"^missing$"):
         reader.read(Address(str(file)))
     file.write_bytes(b"")
     for address in (Address(str(file)), Address(str(file), 0, 0)):
-        with pytest.raises(BadImageError, match="^empty file$"):
+        with pytest.raises(BadImageError, match=r"^empty file$"):
             reader.read(address)
     file.write_bytes(b"before" + PNG + b"after")
     content = reader.read(Address(str(file), 6, len(PNG)))
