@@ -122,13 +122,10 @@ def test_imagenets_tars_and_its_folders_are_the_same_source(tmp_path):
     imagenet_train(tmp_path / "tars", nested=False)
     imagenet_train(tmp_path / "nested", nested=True)
     for tar in (tmp_path / "tars").iterdir():
-        with tarfile.open(tar) as opened:
-            opened.extractall(tmp_path / "folders" / tar.stem, filter="data")
-    opened = [open_source(config(tmp_path / "tars", "imagenet_tars"))]
-    opened += [
-        open_source(config(tmp_path / "nested", "imagenet_tars")),
-        open_source(config(tmp_path / "folders", "folder")),
-    ]
+        with tarfile.open(tar) as unpacked:
+            unpacked.extractall(tmp_path / "folders" / tar.stem, filter="data")
+    forms = {"tars": "imagenet_tars", "nested": "imagenet_tars", "folders": "folder"}
+    opened = [open_source(config(tmp_path / name, format)) for name, format in forms.items()]
     assert len({source_fingerprint(source) for source in opened}) == 1
 
 
@@ -144,9 +141,7 @@ def test_imagenets_validation_images_have_the_labels_of_the_devkit(tmp_path):
     devkit(tmp_path, [3, 1, 2, 2, 3])
     source = open_source(settings)
     assert source.keys == sorted(expected)
-    assert (source.labels, source.classes) == ([0, 1, 2, 2, 0], 3), (
-        "places among the sorted wnids, not the devkit's ids"
-    )
+    assert (source.labels, source.classes) == ([0, 1, 2, 2, 0], 3), "places among sorted wnids, not the devkit's ids"
     check_pixels(source, expected)
     devkit(tmp_path, [3, 1, 2, 2])
     with pytest.raises(DataError, match=r"ILSVRC2012_val_00000005 has no label in ILSVRC2012_devkit.* lists 4"):
@@ -360,9 +355,7 @@ def test_damaged_tars_are_named_with_the_byte(tmp_path):
             open_source(config(tmp_path, "webdataset"))
     nested = tar_of({f"{WNIDS[0]}.tar": whole[:4000]})
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(nested)
-    with pytest.raises(
-        DataError, match=r"ILSVRC2012_img_train\.tar: damaged at byte 4512 .*/n01440764\.tar ends there"
-    ):
+    with pytest.raises(DataError, match=r"img_train\.tar: damaged at byte 4512 .*/n01440764\.tar ends there"):
         open_source(config(tmp_path, "imagenet_tars"))
 
 
