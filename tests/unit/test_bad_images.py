@@ -4,6 +4,7 @@ The picture is a piece of a photograph, 64 x 64. Pixels are compared after data.
 difference, in grey levels, from what is expected; where there is none, no pixel differs by more than one level.
 """
 
+import errno
 import io
 import pickle
 import struct
@@ -21,7 +22,7 @@ from data_tools import decode
 from data_tools.decode import FileReader, decode_image
 from data_tools.images import Address, BadImageError
 from tests.systems import photographs
-from uvit_dist.errors import MissingInputError
+from uvit_dist.errors import MissingInputError, UnavailableError
 
 SIDE = 64
 PHOTO = photographs(1, SIDE, SIDE, seed=1)[0]
@@ -290,6 +291,19 @@ def test_no_damage_raises_anything_else():
     assert min(outcomes.values()) > 200
 
 
+def test_what_pillow_warns_of_is_no_news(monkeypatch):
+    content = palette_image(transparency=bytes(range(256)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)
+    with pytest.warns(Image.DecompressionBombWarning), Image.open(io.BytesIO(content)) as image:
+        image.load()
+    with pytest.warns(UserWarning, match="Palette images with Transparency"):
+        image.convert("RGB")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decode_image(content, SIDE, "none")
+    assert caught == []
+
+
 def test_memory_that_is_not_there_is_a_reason(monkeypatch):
     def refuse(*_):
         raise MemoryError
@@ -299,7 +313,7 @@ def test_memory_that_is_not_there_is_a_reason(monkeypatch):
         decode_image(PNG, SIDE, "none")
 
 
-def test_files_that_vanish_are_empty_or_change_are_bad_and_refused_ones_end_the_job(tmp_path):
+def test_files_that_vanish_are_empty_or_change_are_bad_and_refused_ones_end_the_job(tmp_path, monkeypatch):
     reader = FileReader(SIDE, "none")
     file = tmp_path / "a.png"
     with pytest.raises(BadImageError, match=r"^missing$"):
@@ -315,6 +329,13 @@ def test_files_that_vanish_are_empty_or_change_are_bad_and_refused_ones_end_the_
         reader.read(Address(str(file), 6, len(PNG) + 100))
     with pytest.raises(MissingInputError, match="cannot be read"):
         reader.read(Address(str(tmp_path)))
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(decode.storage, "read_bytes", fail)
+    with pytest.raises(UnavailableError, match=r"a\.png: cannot be read \(Input/output error\); see to the disk"):
+        reader.read(Address(str(file)))
 
 
 def test_readers_are_small_and_their_processes_import_no_torch():
