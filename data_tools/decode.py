@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from data_tools.crops import CROPS, Pixels
 from data_tools.images import Address, BadImageError
 from uvit_dist import storage
-from uvit_dist.errors import DataError, NoSuchFileError
+from uvit_dist.errors import DataError, NoSuchFileError, UnavailableError
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is tried, whatever a file's name ends in. Others, such as EPS, would start programs."""
@@ -65,7 +65,7 @@ def read_address(address: Address) -> bytes:
     """The bytes at an address.
 
     Raises ``BadImageError`` where there are none or too few, ``MissingInputError`` where access is refused,
-    ``UnavailableError`` where a server does not answer.
+    ``UnavailableError`` where a server does not answer, or a disk fails.
     """
     try:
         if address.size is None:
@@ -77,7 +77,10 @@ def read_address(address: Address) -> bytes:
     except DataError:
         raise BadImageError("truncated: shorter than when it was listed") from None
     except OSError as error:
-        raise BadImageError(f"cannot be read ({error.strerror or error})") from None
+        raise UnavailableError(
+            f"{address.path}: cannot be read ({error.strerror or error}); see to the disk, and start again: nothing is "
+            "lost"
+        ) from None
     if not content:
         raise BadImageError("empty file")
     return content

@@ -201,7 +201,8 @@ def webdataset_source(data: DataConfig, reader: FileReader, scan_dir: str | None
                 unusable[len(keys)] = problem
             keys.append(as_key(f"{extent.name.removesuffix('.tar')}/{key}"))
             labels.append(-1 if label is None else label)
-            captions.append(texts)
+            if captioned:
+                captions.append(texts)
     if len(unusable) == len(keys):
         why = f"of {len(keys)} samples none can be used (the first: {unusable[0]})" if keys else "no samples"
         raise DataError(f"data.source {root}: {why} in {len(tars)} tars; it needs KEY.{', KEY.'.join(IMAGE_SUFFIXES)}")

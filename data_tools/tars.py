@@ -136,8 +136,7 @@ def walk(window: Window) -> Iterator[Member]:
         kind, data = header[156:157], at + BLOCK
         try:
             size = _number(header[124:136])
-            if _number(header[148:156]) not in _checksums(header):
-                raise ValueError("checksum")
+            _check_sum(header)
         except ValueError:
             what = "not a tar" if at == window.extent.start else "no header of a member, where one should be"
             raise DataError(_damaged(path, at, what)) from None
@@ -167,11 +166,12 @@ def _number(text: bytes) -> int:
     return int(text.split(b"\0")[0].strip() or b"0", 8)
 
 
-def _checksums(header: bytes) -> tuple[int, int]:
-    """Of a header, its bytes taken as unsigned and, as old tars have it, as signed."""
+def _check_sum(header: bytes) -> None:
+    """Raises ``ValueError`` unless the sum of its bytes, unsigned or as old tars have it signed, is in a header."""
     rest = header[:148] + b" " * 8 + header[156:]
-    total = sum(rest)
-    return total, total - 256 * sum(byte > 127 for byte in rest) if max(rest) > 127 else total
+    total, noted = sum(rest), _number(header[148:156])
+    if noted != total and noted != total - 256 * sum(byte > 127 for byte in rest):
+        raise ValueError("checksum")
 
 
 def _name(header: bytes) -> str:
