@@ -27,14 +27,13 @@ from data_tools.shard_job import as_stored, command_line, make_shards
 from data_tools.units import claim_directory
 from uvit_dist import storage
 from uvit_dist.config import Config
-from uvit_dist.data.latents import MIRROR_SUFFIX, Provenance, Sample, TextProvenance
+from uvit_dist.data.latents import MIRROR_SUFFIX, UNKNOWN, Provenance, Sample, TextProvenance
 from uvit_dist.data.shards import ShardRecord
 from uvit_dist.errors import ConfigError, DataError
 from uvit_dist.pretrained import load_text
 
 MIRRORED_BATCH = 256
 PAIRS_CHECKED = 64
-UNKNOWN = "unknown"
 
 
 def file_number(item: Item, images: int, batch: int) -> int:

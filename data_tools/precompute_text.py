@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,9 +33,10 @@ from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Sample, TextProvenance, encode_array
 from uvit_dist.data.shards import EMPTY_CONTEXT, ShardRecord
-from uvit_dist.models.autoencoder import Autoencoder
-from uvit_dist.models.text import TextEncoder
-from uvit_dist.pretrained import load_text
+
+if TYPE_CHECKING:
+    from uvit_dist.models.autoencoder import Autoencoder
+    from uvit_dist.models.text import TextEncoder
 
 
 @torch.inference_mode()
@@ -108,6 +109,8 @@ class TextMaker(MomentsMaker):
 
 def precompute(config: Config, device: torch.device) -> list[ShardRecord]:
     """Do a share of the work until all is done, then see to the index. Raises ``UserError`` of the right kind."""
+    from uvit_dist.pretrained import load_text  # seconds, which decoding processes are spared
+
     require_tool(config, "precompute_text")
     assert config.text is not None
     data, section = config.data, config.text

@@ -13,11 +13,11 @@ from tests.systems import command, make_cifar10
 from tests.tiny import DEMO, ROOT, tiny_config
 from uvit_dist import evaluate
 from uvit_dist.config_yaml import load_config
-from uvit_dist.data.latents import Provenance
+from uvit_dist.data.latents import Provenance, check_same_text_encoder
 from uvit_dist.data.shards import read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError, OutputError
 from uvit_dist.preflight import check_provenance
-from uvit_dist.pretrained import check_same_text_encoder, load_decoder, load_extractor
+from uvit_dist.pretrained import load_decoder, load_extractor
 from uvit_dist.weights import Weights, check_same_noise, check_trained_as
 
 CPU = torch.device("cpu")
