@@ -166,7 +166,7 @@ class ShardJob:
 
     def _mark(self, unit: Unit, bad: dict[str, str], facts: dict[str, Any]) -> None:
         told = {"images": len(unit.images), "bad": bad, "host": self.leases.us["host"], **facts}
-        storage.write_bytes(storage.join(self.work, f"{unit.name}.done-{len(bad)}"), json.dumps(told).encode())
+        storage.create(storage.join(self.work, f"{unit.name}.done-{len(bad)}"), json.dumps(told).encode())
         self._own_bad.pop(unit.name, None)
         self.leases.release(unit.name)
 
@@ -213,7 +213,7 @@ class ShardJob:
         found = dict(own)
         for name in sorted(state.names):
             if ".done-" in name and not name.endswith(".done-0"):
-                with contextlib.suppress(MissingInputError):
+                with contextlib.suppress(MissingInputError, ValueError):  # gone, or lost with the machine's memory
                     found |= json.loads(storage.read_bytes(storage.join(self.work, name)))["bad"]
         path = storage.join(self.directory, BAD_IMAGES)
         if not found:
@@ -251,12 +251,13 @@ class ShardJob:
             records = [sidecar.record for sidecar in sidecars if sidecar.record.samples]
             made = replace(self.provenance, samples=sum(record.samples for record in records))
             counts = _class_counts(ShardIndex(self.index, made, tuple(records), ""))
-            self._write_bad(state, {})
+            bad = {key: why for sidecar in sidecars for key, why in sidecar.bad.items()}
+            self._write_bad(state, bad)
             self.check_bad(state)
             if not records:
                 raise DataError(f"data.source: none of its {len(self.keys)} images can be used; see {BAD_IMAGES}")
             write_index(self.index, records, replace(made, class_counts=counts), self.made_with)
-            storage.write_bytes(storage.join(self.work, MERGED), b"{}")
+            storage.create(storage.join(self.work, MERGED), b"{}")
         finally:
             self.leases.release(MERGE)
         return read_index(self.index)
