@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import ROOT, provenance
-from data_tools.shard_job import plan_shards
+from data_tools.units import plan_units
 from uvit_dist.config_yaml import load_config
 from uvit_dist.data.plan import Plan
 
@@ -102,10 +102,10 @@ def measure() -> dict[str, Any]:
             sigma = deviation(labels, plan)
             check = np.sort(plan.sample_ids(3)), np.sort(batches_of(plan, 0)[3])
             assert np.array_equal(*check), "the blocks give what the plan says"
-        shards = plan_shards(IMAGES, mirror=True, per_shard=per_shard, seed=seed)
-        assert [len(items) for items in shards] == cuts * 2
-        permuted = np.concatenate([np.array(items, dtype=np.int64)[:, 0] for items in shards])
-        del shards
+        units = plan_units(IMAGES, mirror=True, per_shard=per_shard, seed=seed)
+        assert [len(unit.images) for unit in units] == cuts
+        permuted = np.tile(np.concatenate([np.array(unit.images, dtype=np.int64) for unit in units]), 2)
+        del units
         for epoch in EPOCHS:
             ids = batches_of(plan, epoch)
             for shards_are, image_of in (("permuted", permuted), ("in folder order", np.arange(2 * IMAGES) % IMAGES)):

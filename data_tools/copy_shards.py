@@ -14,8 +14,8 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
-from data_tools.shard_job import claim_directory
 from data_tools.shard_set import in_threads, progress_of, require_space, same_place, tool_parser, use_storage
+from data_tools.units import claim_directory
 from data_tools.verify_shards import Damage, verify
 from uvit_dist import storage
 from uvit_dist.data.shards import EMPTY_CONTEXT, ShardIndex, read_index

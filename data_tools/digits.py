@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import numpy as np
 from PIL import Image
+
+from data_tools.images import Address, Pixels, load_image
 
 GREY_LEVELS = 16
 """scikit-learn's digits are 8x8 integers in 0..16."""
@@ -29,6 +34,46 @@ def digits_images(refinements: int = 20) -> tuple[np.ndarray, np.ndarray]:
         pictures = np.clip(pictures + _enlarge(wanted - _box_average(pictures)), 0, 255)
     grey = np.rint(pictures).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64)
+
+
+@cache
+def _pictures() -> tuple[np.ndarray, np.ndarray]:
+    return digits_images()
+
+
+@dataclass(frozen=True)
+class DigitsReader:
+    """Makes the digits: an address is the number of one."""
+
+    def read(self, address: Address) -> bytes:
+        """The pixels of a digit."""
+        return _pictures()[0][address.offset].tobytes()
+
+    def decode(self, content: bytes) -> Pixels:
+        """(32, 32, 3) uint8."""
+        return np.frombuffer(content, np.uint8).reshape(32, 32, 3)
+
+
+class DigitsSource:
+    """scikit-learn's digits as a source of images."""
+
+    reader = DigitsReader()
+
+    def __init__(self) -> None:
+        labels = _pictures()[1]
+        self.name, self.classes = "scikit-learn digits", 10
+        self.captions: list[list[str]] | None = None
+        self.unusable: dict[int, str] = {}
+        self.keys = [f"digit-{number:04d}" for number in range(len(labels))]
+        self.labels = [int(label) for label in labels]
+
+    def address(self, number: int) -> Address:
+        """The number, for the reader."""
+        return Address(self.name, number)
+
+    def load(self, number: int) -> Pixels:
+        """Image ``number``, (32, 32, 3) uint8."""
+        return load_image(self, number)
 
 
 def box_average(images: np.ndarray) -> np.ndarray:

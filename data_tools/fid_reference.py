@@ -35,10 +35,11 @@ def make_reference(config: Config) -> dict[str, Any]:
     The halves are those of a seeded permutation: what one scores against the other is what to expect of a perfect
     model of that size. Recall and accuracy are those of the features kept; without labels there is no accuracy.
     """
-    source = open_source(config.data)
+    source = open_source(config.data, config.precompute.exif_rotation)
     device = this_device()
     extract, _ = load_extractor(config.evaluate, device)
     order = np.argsort(np.random.Philox(key=config.seed).random_raw(len(source.keys)), kind="stable")
+    order = order[~np.isin(order, list(source.unusable))]
     halves, features, chosen = [], [], []
     for half in np.array_split(order, 2):
         moments: FeatureMoments | None = None

@@ -1,4 +1,7 @@
-"""What a source of images is, and reading them ahead."""
+"""What a source of images is: keys and labels, where each image's bytes lie, and the reader that makes pixels of them.
+
+Decode processes import this module and those of the readers: nothing heavier than Pillow and numpy.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
-from PIL import Image
-
-from data_tools.crops import CROPS, Pixels
+from data_tools.crops import Pixels
 from uvit_dist.errors import DataError
 
 Item = tuple[int, bool]
@@ -20,26 +22,37 @@ AHEAD = 8
 """Images read ahead by each thread."""
 
 
-def read_image(path: str, size: int, crop: str) -> Pixels:
-    """An image file, cropped: (size, size, 3) uint8. Raises ``DataError`` where it cannot be read or cropped."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            try:
-                return CROPS[crop](image, size)
-            except ValueError as error:
-                raise DataError(f"{path}: {error}") from None
-    except DataError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); mend or remove it") from None
+@dataclass(frozen=True)
+class Address:
+    """Where an image's bytes lie. path: of a file, or its URL; size: None: from the offset to the file's end."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+
+class BadImageError(ValueError):
+    """Why an image cannot be used: a short reason, without its path."""
+
+
+class Reader(Protocol):
+    """Makes pixels of what lies at an address. Small and picklable: sent to the processes that decode."""
+
+    def read(self, address: Address) -> bytes:
+        """The bytes of an image. Raises ``BadImageError``, ``UnavailableError``, ``MissingInputError``."""
+        ...
+
+    def decode(self, content: bytes) -> Pixels:
+        """The image, cropped: (size, size, 3) uint8. Raises ``BadImageError``."""
+        ...
 
 
 class ImageSource(Protocol):
     """A fixed, ordered collection of images.
 
     name: for provenance; classes: number of labels, 0: none; keys, labels (-1 where there is none), captions (none
-    where images have none): of every image, in order.
+    where images have none): of every image, in order; unusable: number → why, of images that the listing alone shows
+    to be of no use, which are left out.
     """
 
     name: str
@@ -47,10 +60,32 @@ class ImageSource(Protocol):
     keys: list[str]
     labels: list[int]
     captions: list[list[str]] | None
+    unusable: dict[int, str]
+
+    @property
+    def reader(self) -> Reader:
+        """What reads and decodes the images."""
+        ...
+
+    def address(self, number: int) -> Address:
+        """Where image ``number`` lies."""
+        ...
 
     def load(self, number: int) -> Pixels:
-        """Image ``number``, (H, W, 3) uint8; safe to call from several threads. Raises ``DataError``."""
+        """Image ``number``, (size, size, 3) uint8; safe to call from several threads. Raises ``DataError``."""
         ...
+
+
+def load_image(source: ImageSource, number: int) -> Pixels:
+    """Image ``number``, read and decoded: (size, size, 3) uint8. Raises ``DataError`` with its path and the reason."""
+    address = source.address(number)
+    try:
+        if number in source.unusable:
+            raise BadImageError(source.unusable[number])
+        return source.reader.decode(source.reader.read(address))
+    except BadImageError as error:
+        where = address.path if address.offset == 0 else f"{address.path} ({source.keys[number]})"
+        raise DataError(f"{where}: unusable, mend or remove it ({error})") from None
 
 
 def load_images(source: ImageSource, items: Iterable[Item], threads: int) -> Iterator[Pixels]:

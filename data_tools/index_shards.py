@@ -25,8 +25,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_tools.pack_latents import encoder_fingerprint
-from data_tools.shard_job import claim_directory, command_line
+from data_tools.shard_job import command_line
 from data_tools.shard_set import FOREIGN, RawSample, TarSamples, add_threads, in_threads, progress_of, same_place
+from data_tools.units import claim_directory
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Provenance, encode_array

@@ -3,28 +3,45 @@
     python -m data_tools.pack_images --config YOUR_CONFIG.yaml
 
 Images are stored as they are, never mirrored: with data.mirror they are mirrored at random as they are read.
-Shards that an earlier run finished are kept.
+Any number of workers share the work; the same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from torch import Tensor
 
-import numpy as np
-
-from data_tools.images import Item, load_images, source_fingerprint
-from data_tools.shard_job import command_line, make_shards, require_tool
-from data_tools.sources import open_source
+from data_tools.decoding import CHUNK
+from data_tools.images import ImageSource, source_fingerprint
+from data_tools.pipeline import Finish
+from data_tools.shard_job import command_line, make_from_images, open_images, require_tool
+from data_tools.units import Unit
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Provenance, Sample
 from uvit_dist.data.shards import ShardRecord
 
 
-def pack(config: Config) -> list[ShardRecord]:
-    """Write all shards that are missing, then the index. Raises ``UserError`` of the right kind."""
+class PixelsMaker:
+    """Stores images as they are."""
+
+    batch_size = CHUNK
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+
+    def start(self, unit: Unit, places: range, pixels: Tensor) -> Finish:
+        """pixels: (n, H, W, 3) uint8. What it returns gives pixels (3, H, W) uint8."""
+        (shard,) = unit.shards
+        keys = shard.keys(self._source.keys, places)
+        labels = [self._source.labels[unit.images[place]] for place in places]
+        data = pixels.permute(0, 3, 1, 2).contiguous().numpy()
+        return lambda: [[Sample(*fields) for fields in zip(keys, labels, data, strict=True)]]
+
+
+def make(config: Config) -> list[ShardRecord]:
+    """Do a share of the work until all is done, then see to the index. Raises ``UserError`` of the right kind."""
     require_tool(config, "pack_images")
     data = config.data
-    source = open_source(data)
+    source = open_images(config)
     provenance = Provenance(
         kind="pixels",
         dtype="uint8",
@@ -37,18 +54,13 @@ def pack(config: Config) -> list[ShardRecord]:
         classes=source.classes,
         samples=len(source.keys),
     )
-
-    def samples(items: list[Item]) -> Iterator[Sample]:
-        images = load_images(source, items, data.read_threads)
-        for (number, _), pixels in zip(items, images, strict=True):
-            yield Sample(source.keys[number], source.labels[number], np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-    return make_shards(config, source.keys, provenance, samples)
+    made_with = config.precompute.model_dump(include={"exif_rotation"})
+    return make_from_images(config, source, provenance, made_with, PixelsMaker(source))
 
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: pack(config))
+    command_line(__doc__, lambda config, args: make(config))
 
 
 if __name__ == "__main__":

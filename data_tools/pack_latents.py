@@ -23,17 +23,17 @@ from data_tools.images import Item
 from data_tools.official_features import FeatureFolder
 from data_tools.precompute_latents import open_encoder
 from data_tools.precompute_text import write_empty_context
-from data_tools.shard_job import as_stored, claim_directory, command_line, make_shards, sample_key
+from data_tools.shard_job import as_stored, command_line, make_shards
+from data_tools.units import claim_directory
 from uvit_dist import storage
 from uvit_dist.config import Config
-from uvit_dist.data.latents import Provenance, Sample, TextProvenance
+from uvit_dist.data.latents import MIRROR_SUFFIX, UNKNOWN, Provenance, Sample, TextProvenance
 from uvit_dist.data.shards import ShardRecord
 from uvit_dist.errors import ConfigError, DataError
 from uvit_dist.pretrained import load_text
 
 MIRRORED_BATCH = 256
 PAIRS_CHECKED = 64
-UNKNOWN = "unknown"
 
 
 def file_number(item: Item, images: int, batch: int) -> int:
@@ -121,6 +121,7 @@ def _reader(
     batch = mirrored_batch if data.mirror else len(keys)
 
     def read(item: Item) -> Sample:
+        key = keys[item[0]] + MIRROR_SUFFIX * item[1]
         number = file_number(item, len(keys), batch)
         path = f"{folder.root}/{number}"
         what = f"{path}.npy: moments"
@@ -129,7 +130,7 @@ def _reader(
                 folder.contexts(number), data.contexts_dtype, f"{path}_*.npy: contexts", "data.contexts_dtype"
             )
             moments = as_stored(folder.moments(number), data.moments_dtype, what, "data.moments_dtype")
-            return Sample(sample_key(keys, item), -1, moments, [""] * len(contexts), contexts)
+            return Sample(key, -1, moments, [""] * len(contexts), contexts)
         raw, label = folder.moments_and_label(number)
         if classes and not 0 <= label < classes:
             raise DataError(
@@ -137,7 +138,7 @@ def _reader(
                 f"{classes} classes; correct model.num_classes or diffusion.null_label"
             )
         moments = as_stored(raw, data.moments_dtype, what, "data.moments_dtype")
-        return Sample(sample_key(keys, item), label if classes else -1, moments)
+        return Sample(key, label if classes else -1, moments)
 
     return read
 

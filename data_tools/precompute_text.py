@@ -11,30 +11,32 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from data_tools.images import Item
-from data_tools.precompute_latents import encode, moments_provenance, open_encoder
-from data_tools.shard_job import (
-    add_batch_size,
-    as_stored,
-    claim_directory,
-    command_line,
-    make_shards,
-    require_tool,
-    this_device,
+from data_tools.images import ImageSource
+from data_tools.pipeline import Finish
+from data_tools.precompute_latents import (
+    MomentsMaker,
+    encoder_settings,
+    moments_provenance,
+    open_encoder,
+    tell_difference,
 )
-from data_tools.sources import open_source
+from data_tools.shard_job import as_stored, command_line, make_from_images, open_images, require_tool, this_device
+from data_tools.units import Unit, claim_directory
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Sample, TextProvenance, encode_array
 from uvit_dist.data.shards import EMPTY_CONTEXT, ShardRecord
-from uvit_dist.models.text import TextEncoder
-from uvit_dist.pretrained import load_text
+
+if TYPE_CHECKING:
+    from uvit_dist.models.autoencoder import Autoencoder
+    from uvit_dist.models.text import TextEncoder
 
 
 @torch.inference_mode()
@@ -63,35 +65,75 @@ def write_empty_context(index: str, context: NDArray[Any], encoder_fingerprint: 
     return TextProvenance(encoder_fingerprint, np.dtype(context.dtype).name, (length, width), digest)
 
 
-def precompute(config: Config, batch_size: int, device: torch.device) -> list[ShardRecord]:
-    """Write all shards that are missing, then the index. Raises ``UserError`` of the right kind."""
+class TextMaker(MomentsMaker):
+    """Encodes images as ``MomentsMaker``, and beside them the captions of a unit, in batches of one size over the unit.
+
+    An image's contexts are also its mirror image's.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        autoencoder: Autoencoder,
+        encoder: TextEncoder,
+        config: Config,
+        device: torch.device,
+    ) -> None:
+        super().__init__(source, autoencoder, config, device)
+        assert source.captions is not None
+        self._captions, self._tower, self._contexts_dtype = source.captions, encoder, config.data.contexts_dtype
+        self._contexts: dict[int, Iterator[NDArray[Any]]] = {}
+
+    def start(self, unit: Unit, places: range, pixels: Tensor) -> Finish:
+        """pixels: (n, H, W, 3) uint8. What it returns gives moments, captions and their contexts (captions, L, D)."""
+        moments = super().start(unit, places, pixels)
+        numbers = [unit.images[place] for place in places]
+        if places.start == 0:
+            flat = [caption for number in unit.images for caption in self._captions[number]]
+            self._contexts[unit.number] = encode_captions(flat, self._tower, self._contexts_dtype, self.batch_size)
+        contexts = [list(islice(self._contexts[unit.number], len(self._captions[n]))) for n in numbers]
+        if places.stop == len(unit.images):
+            del self._contexts[unit.number]
+
+        def finish() -> list[list[Sample]]:
+            return [
+                [
+                    replace(sample, captions=self._captions[number], contexts=np.stack(own) if own else None)
+                    for number, own, sample in zip(numbers, contexts, samples, strict=True)
+                ]
+                for samples in moments()
+            ]
+
+        return finish
+
+
+def precompute(config: Config, device: torch.device) -> list[ShardRecord]:
+    """Do a share of the work until all is done, then see to the index. Raises ``UserError`` of the right kind."""
+    from uvit_dist.pretrained import load_text  # seconds, which decoding processes are spared
+
     require_tool(config, "precompute_text")
     assert config.text is not None
     data, section = config.data, config.text
-    source = open_source(data)
-    captions = source.captions
-    assert captions is not None
+    source = open_images(config)
     encoder = load_text(section).to(device)
     autoencoder = open_encoder(config, device)
     claim_directory(data.index)
-    (empty,) = encode_captions([""], encoder, data.contexts_dtype, batch_size)
+    (empty,) = encode_captions([""], encoder, data.contexts_dtype, config.precompute.batch_size)
     text = write_empty_context(data.index, empty, encoder.fingerprint)
-
-    def samples(items: list[Item]) -> Iterator[Sample]:
-        flat = [caption for number, _ in items for caption in captions[number]]
-        contexts = encode_captions(flat, encoder, data.contexts_dtype, batch_size)
-        moments = encode(items, source, autoencoder, data, batch_size, device)
-        for (number, _), sample in zip(items, moments, strict=True):
-            own = np.stack(list(islice(contexts, len(captions[number]))))
-            yield replace(sample, captions=captions[number], contexts=own)
-
     provenance = moments_provenance(config, source, autoencoder, text)
-    return make_shards(config, source.keys, provenance, samples)
+    maker = TextMaker(source, autoencoder, encoder, config, device)
+    tell_difference(maker, source, config)
+    return make_from_images(config, source, provenance, encoder_settings(config.precompute), maker)
+
+
+def make(config: Config) -> list[ShardRecord]:
+    """``precompute`` on this worker's device."""
+    return precompute(config, this_device())
 
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: precompute(config, args.batch_size, this_device()), add_batch_size)
+    command_line(__doc__, lambda config, args: make(config))
 
 
 if __name__ == "__main__":

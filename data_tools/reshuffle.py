@@ -21,7 +21,7 @@ from itertools import islice
 import numpy as np
 import xxhash
 
-from data_tools.shard_job import STEMS, claim_directory, positive
+from data_tools.shard_job import positive
 from data_tools.shard_set import (
     FOREIGN,
     RawSample,
@@ -32,6 +32,7 @@ from data_tools.shard_set import (
     tool_parser,
     use_storage,
 )
+from data_tools.units import STEMS, claim_directory
 from uvit_dist import storage
 from uvit_dist.data.latents import MIRROR_SUFFIX, Provenance, Sample
 from uvit_dist.data.shards import (

@@ -1,16 +1,16 @@
-"""What all jobs that write shards share: the cut into shards, keeping what is finished, the index, the command line.
-
-Samples go into shards in a seeded permutation, so that no shard is of one class; mirrored images have shards of their
-own, so that none meets its original there.
-"""
+"""What all jobs that write shards share: working until all is done, what is stored, the command line."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,114 +18,81 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.images import Item
+from data_tools.images import ImageSource, Item
+from data_tools.pipeline import POLL_S, Maker, Pipeline
+from data_tools.sources import open_source
+from data_tools.units import WORK, ShardJob
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
-from uvit_dist.data.latents import MIRROR_SUFFIX, Provenance, Sample
-from uvit_dist.data.shards import ShardIndex, ShardRecord, finished_shard, write_index, write_shard
-from uvit_dist.errors import ConfigError, DataError, OutputError, explained_exit
-from uvit_dist.preflight import contradictions
+from uvit_dist.data.latents import Provenance, Sample
+from uvit_dist.data.shards import ShardRecord, write_shard
+from uvit_dist.errors import ConfigError, DataError, explained_exit
+from uvit_dist.metrics import AroundProgress
 
-STEMS = {"moments": "latents", "pixels": "images"}
-"""Names of shards by what they hold."""
+log = logging.getLogger(__name__)
+CHEAP = ("digits", "cifar10")
+"""Sources whose images are not worth a process to decode them."""
 
 MakeSamples = Callable[[list[Item]], Iterable[Sample]]
 
 
-def plan_shards(images: int, mirror: bool, per_shard: int, seed: int) -> list[list[Item]]:
-    """What goes into each shard: originals in a seeded permutation, then mirror images in another."""
-    shards = []
-    for mirrored in (False, True) if mirror else (False,):
-        order = np.argsort(np.random.Philox(key=[seed, mirrored]).random_raw(images), kind="stable")
-        items = [(int(number), mirrored) for number in order]
-        shards += [items[first : first + per_shard] for first in range(0, images, per_shard)]
-    return shards
+def make_from_images(
+    config: Config, source: ImageSource, provenance: Provenance, made_with: dict[str, Any], maker: Maker
+) -> list[ShardRecord]:
+    """Do a share of the shards of a source of images until all are done, then see to the index.
 
-
-def sample_key(keys: Sequence[str], item: Item) -> str:
-    """The key of a sample in its shard. keys: of the images."""
-    number, mirrored = item
-    return keys[number] + MIRROR_SUFFIX * mirrored
-
-
-def claim_directory(index: str) -> None:
-    """Make the directory of an index. Raises ``OutputError`` where another index has its shards there."""
-    directory = storage.parent(index)
-    storage.make_directory(directory)
-    ours = index.rsplit("/", 1)[-1]
-    stems = tuple(f"{stem}-" for stem in STEMS.values())
-    others = [name for name in storage.sizes_in(directory) if name.endswith(".json") and not name.startswith(stems)]
-    others = [name for name in others if name != ours and b'"provenance"' in storage.read_bytes(f"{directory}/{name}")]
-    if others:
-        raise OutputError(
-            f"data.index {index}: {', '.join(others)} in the same directory has its shards there, under the same "
-            "names; give each index a directory of its own"
-        )
-
-
-def _check_same_source(index: str, provenance: Provenance) -> None:
-    """Shards of one collection of images are not replaced by those of another. Raises ``OutputError``."""
-    if not storage.exists(index):
-        return
-    before = json.loads(storage.read_bytes(index)).get("provenance") or {}
-    was, this = (
-        f"{str(made.get('source')).rsplit(' ', 1)[0]} ({made.get('split')})"  # without the hash of its contents
-        for made in (before, dataclasses.asdict(provenance))
-    )
-    if was != this:
-        raise OutputError(
-            f"data.index {index}: holds the shards of {was}, and these would be of {this}; give another data.index, in "
-            "a directory of its own, or delete those"
-        )
+    made_with: settings that the bytes depend on. Raises ``ConfigError``, before anything is made, where the network
+    could not be trained on it; ``DataError`` for too many bad images; ``OutputError``, and what the maker raises.
+    """
+    job = ShardJob(config, source.keys, provenance, made_with, source.unusable)
+    pipeline = Pipeline(job, source, maker, config, cheap=config.data.format in CHEAP)
+    index = pipeline.run()
+    figures = pipeline.times.summary()
+    if figures["images"]:
+        waiting = ", ".join(f"{what} {share:.0%}" for what, share in figures["waiting"].items())
+        log.info(
+            "%d images in %.1f s, %.1f images/s; time spent waiting for: %s; bottleneck: %s",
+            *(figures[name] for name in ("images", "seconds", "images_per_s")), waiting, figures["bottleneck"],
+        )  # fmt: skip
+    return list(index.shards)
 
 
 def make_shards(
     config: Config, keys: Sequence[str], provenance: Provenance, make_samples: MakeSamples
 ) -> list[ShardRecord]:
-    """Write all shards that an earlier run did not finish, then the index, with the samples of each class counted.
+    """As ``make_from_images``, of samples that need no pipeline. keys: of the images.
 
-    keys: of the images; make_samples: the samples of a shard, in order. Raises ``ConfigError``, before anything is
-    made, where the network could not be trained on it; ``OutputError``, and what make_samples raises.
+    make_samples: the samples of a shard, in order.
     """
-    assert provenance.samples == len(keys) * (1 + provenance.mirror)
-    wrong = contradictions(config, provenance)
-    if wrong:
-        raise ConfigError("these shards would not fit the network:\n  " + "\n  ".join(wrong))
-    data, seed = config.data, config.seed
-    claim_directory(data.index)
-    _check_same_source(data.index, provenance)
-    directory = storage.parent(data.index)
-    present = storage.sizes_in(directory)
-    records = []
-    shards = plan_shards(len(keys), provenance.mirror, data.samples_per_shard, seed)
-    with tqdm(total=provenance.samples, unit="sample", disable=None) as progress:
-        for number, items in enumerate(shards):
-            name = f"{STEMS[provenance.kind]}-{number:06d}"
-            record = finished_shard(directory, name, [sample_key(keys, item) for item in items], provenance)
-            if record is None or any(table not in present for table in record.tables):
-                record = write_shard(directory, name, _counted(make_samples(items), progress), provenance)
-            else:
-                progress.update(len(items))
-            records.append(record)
-    counts = _class_counts(ShardIndex(data.index, provenance, tuple(records), ""))
-    write_index(data.index, records, replace(provenance, class_counts=counts))
-    return records
+    job = ShardJob(config, keys, provenance)
+    try:
+        with tqdm(total=provenance.samples, unit="sample", disable=None) as progress:
+            index = job.complete()
+            while index is None:
+                while (unit := job.claim()) is not None:
+                    for shard in unit.shards:
+                        samples = make_samples([(number, shard.mirrored) for number in shard.images])
+                        sidecar = partial(job.sidecar, shard, {})
+                        write_shard(job.directory, shard.name, samples, provenance, sidecar)
+                        progress.update(len(shard.images))
+                    job.finish(unit, {}, {})
+                index = job.merge() or job.complete()
+                if index is None:
+                    time.sleep(min(POLL_S, config.precompute.lease_s / 4))
+    finally:
+        job.close()
+    return list(index.shards)
 
 
-def _counted(samples: Iterable[Sample], progress: tqdm[Any]) -> Iterator[Sample]:
-    for sample in samples:
-        yield sample
-        progress.update()
-
-
-def _class_counts(index: ShardIndex) -> tuple[int, ...]:
-    """Samples of each class in the shards as written."""
-    classes = index.provenance.classes
-    counts = np.zeros(classes, dtype=np.int64)
-    for shard in range(len(index.shards) if classes else 0):
-        counts += np.bincount(index.rows(shard)["label"], minlength=classes)
-    return tuple(map(int, counts))
+def all_as_stored(arrays: NDArray[Any], dtype: str, keys: Sequence[str], what: str, setting: str) -> NDArray[Any]:
+    """``as_stored`` of many at once, (n, ...). keys: of each; what: they are. Raises ``DataError``, with the key."""
+    with np.errstate(over="ignore"):
+        stored = arrays.astype(np.dtype(dtype).newbyteorder("<"))
+    if not np.isfinite(stored).all():
+        for key, array in zip(keys, arrays, strict=True):
+            as_stored(array, dtype, f"{key}: {what}", setting)
+    return stored
 
 
 def as_stored(array: NDArray[Any], dtype: str, what: str, setting: str) -> NDArray[Any]:
@@ -142,12 +109,32 @@ def as_stored(array: NDArray[Any], dtype: str, what: str, setting: str) -> NDArr
     return stored
 
 
-def require_tool(config: Config, tool: str) -> None:
-    """Raises ``ConfigError`` where the configuration needs another of these commands."""
+def tool_of(config: Config) -> str:
+    """The command that makes a configuration's shards from images. Raises ``ConfigError`` where there is none."""
     space, text = config.data.space, config.model.clip_dim is not None
     if space == "pixels" and text:
         raise ConfigError(f"data.space pixels with model.clip_dim {config.model.clip_dim}: text systems are of latents")
-    right = "pack_images" if space == "pixels" else "precompute_text" if text else "precompute_latents"
+    return "pack_images" if space == "pixels" else "precompute_text" if text else "precompute_latents"
+
+
+def run(config: Config) -> list[ShardRecord]:
+    """Do a share of the job that a configuration needs, as a rank of a launched one. Raises as the commands do."""
+    module = importlib.import_module(f"data_tools.{tool_of(config)}")
+    with interrupted_by(signal.SIGTERM):
+        records: list[ShardRecord] = module.make(config)
+    return records
+
+
+def open_images(config: Config) -> ImageSource:
+    """The images of a job; what its workers find in tars they share. Raises as ``open_source`` does."""
+    directory = storage.parent(config.data.index)
+    scans, rank = storage.join(directory, WORK, "scan"), int(os.environ.get("RANK", "0"))
+    return open_source(config.data, config.precompute.exif_rotation, scans, rank)
+
+
+def require_tool(config: Config, tool: str) -> None:
+    """Raises ``ConfigError`` where the configuration needs another of these commands."""
+    space, text, right = config.data.space, config.model.clip_dim is not None, tool_of(config)
     if tool != right:
         why = f"model.clip_dim {config.model.clip_dim}" if text else f"data.space {space}, no model.clip_dim"
         raise ConfigError(f"{why}: not for data_tools.{tool}; use data_tools.{right}")
@@ -157,19 +144,54 @@ def command_line(
     description: str | None,
     make: Callable[[Config, argparse.Namespace], list[ShardRecord]],
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    dry_run: Callable[[Config, argparse.Namespace], str] | None = None,
 ) -> None:
-    """Parse --config and overrides, make the shards, say what they are. Ends with the exit code of a user's mistake."""
+    """Parse --config and overrides, make the shards, say what they are. Ends with the exit code of a user's mistake.
+
+    dry_run: what --dry-run prints instead.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
+    if dry_run is not None:
+        parser.add_argument("--dry-run", action="store_true", help="say what it will take, and make nothing")
     add_arguments(parser)
     args = parser.parse_intermixed_args()
-    with explained_exit():
+    with explained_exit(), interrupted_by(signal.SIGTERM):
         config = load_config(args.config, args.overrides)
         storage.configure(config.storage)
+        if dry_run is not None and args.dry_run:
+            print(dry_run(config, args))
+            return
+        show_log()
         records = make(config, args)
     samples, size = sum(r.samples for r in records), sum(r.size for r in records)
     print(f"{config.data.index}: {samples} samples in {len(records)} shards, {size / 1e6:.1f} MB")
+
+
+@contextlib.contextmanager
+def interrupted_by(number: int) -> Iterator[None]:
+    """A signal ends the work as Ctrl-C does: what is held is given back, what is finished is kept."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def show_log() -> None:
+    """Send the program's log to stderr, around the progress bar."""
+    handler = AroundProgress()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("uvit_dist", "data_tools"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not logger.handlers:
+            logger.addHandler(handler)
 
 
 def positive(text: str) -> int:
@@ -180,11 +202,14 @@ def positive(text: str) -> int:
     return number
 
 
-def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    """The option of jobs that run a network."""
-    parser.add_argument("--batch-size", type=positive, default=64, help="images or captions at once (default: 64)")
-
-
 def this_device() -> torch.device:
-    """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this worker among those of its machine (LOCAL_RANK); without any, the CPU.
+
+    Raises ``ConfigError`` where the machine has fewer.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(f"LOCAL_RANK {local_rank}: this machine has {count} GPUs; start one worker for each")
+    return torch.device("cuda", local_rank)

@@ -33,11 +33,16 @@ FOREIGN = "webdataset"
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of all tools for sets of shards."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    storage_options(parser)
+    add_threads(parser)
+    return parser
+
+
+def storage_options(parser: argparse.ArgumentParser) -> None:
+    """The options of how servers are reached."""
     parser.add_argument("--endpoint", help="URL of the S3 server (default: AWS_ENDPOINT_URL, or Amazon's)")
     parser.add_argument("--profile", help="profile of ~/.aws (default: AWS_PROFILE)")
     parser.add_argument("--anonymous", action="store_true", help="send no credentials: for public buckets")
-    add_threads(parser)
-    return parser
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

@@ -1,32 +1,41 @@
-"""The sources of images that ``data.format`` names: folders, CIFAR-10, CelebA, COCO, scikit-learn's digits."""
+"""The sources of images that ``data.format`` names: here those of files; CIFAR-10, digits and tars in their modules."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_tools.digits import digits_images
-from data_tools.images import ImageSource, Pixels, read_image
+from data_tools.cifar10 import CIFAR10_FILES, Cifar10Source
+from data_tools.decode import FileReader
+from data_tools.digits import DigitsSource
+from data_tools.images import Address, ImageSource, Pixels, load_image
+from data_tools.keys import as_key, require_unique
+from data_tools.tar_sources import imagenet_source, webdataset_source
+from uvit_dist import storage
 from uvit_dist.config import DataConfig
-from uvit_dist.data.latents import MIRROR_SUFFIX
-from uvit_dist.errors import ConfigError, DataError, MissingInputError
+from uvit_dist.errors import ConfigError, DataError, MissingInputError, NoSuchFileError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-CIFAR10_FILES = {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]}
-CIFAR10_RECORD = 1 + 3 * 32 * 32
-"""Bytes of an image: its label, then the planes of red, green and blue."""
+LOCAL = ("celeba", "cifar10", "digits")
+"""Formats whose source is a local folder alone."""
+
 CELEBA_PARTS = {"train": "0", "validation": "1", "test": "2"}
 PARTITION = "list_eval_partition.txt"
+LISTINGS = 16
+"""Folders listed at once."""
 
 
-def open_source(data: DataConfig) -> ImageSource:
+def open_source(
+    data: DataConfig, exif_rotation: bool = False, scan_dir: str | None = None, start: int = 0
+) -> ImageSource:
     """The images that the data section names.
 
+    exif_rotation: of the precompute section; scan_dir: a folder or URL where workers share what they find in tars;
+    start: number of this worker, so that each begins at another tar.
     Raises ``ConfigError``, ``MissingInputError``, ``DataError``.
     """
     if data.format in ("digits", "cifar10") and (data.image_size, data.crop) != (32, "none"):
@@ -34,145 +43,134 @@ def open_source(data: DataConfig) -> ImageSource:
             f"data.format {data.format}: images of 32 pixels; set data.image_size 32 (now {data.image_size}), "
             f"data.crop none (now {data.crop})"
         )
+    remote = data.source is not None and storage.is_remote(data.source)
+    if remote and data.format in LOCAL:
+        raise ConfigError(
+            f"data.source {data.source}: data.format {data.format} is read from local folders alone; copy it to one"
+        )
     if data.format == "digits":
         return DigitsSource()
     assert data.source is not None
-    if not Path(data.source).is_dir():
+    if not remote and not Path(data.source).is_dir():
         raise MissingInputError(
             f"data.source {data.source}: no such folder; give the local folder of the images, as data.format "
-            f"{data.format} has them (docs/shards.md)"
+            f"{data.format} has them (docs/precompute_sources.md)"
         )
     if data.format == "cifar10":
-        return Cifar10Source(data.source, data.split)
-    if data.format == "celeba":
-        return celeba_source(data)
-    if data.format == "coco":
-        return coco_source(data)
-    return folder_source(data)
-
-
-class DigitsSource:
-    """scikit-learn's 1,797 handwritten digits, 32x32."""
-
-    def __init__(self) -> None:
-        self._images, labels = digits_images()
-        self.name, self.classes = "scikit-learn digits", 10
-        self.captions: list[list[str]] | None = None
-        self.keys = [f"digit-{number:04d}" for number in range(len(labels))]
-        self.labels = [int(label) for label in labels]
-
-    def load(self, number: int) -> Pixels:
-        """Image ``number``, (32, 32, 3) uint8."""
-        return self._images[number]
+        return cifar10_source(data)
+    reader = FileReader(data.image_size, data.crop, exif_rotation)
+    if data.format == "imagenet_tars":
+        return imagenet_source(data, reader, scan_dir, start)
+    if data.format == "webdataset":
+        return webdataset_source(data, reader, scan_dir, start)
+    return {"celeba": celeba_source, "coco": coco_source, "folder": folder_source}[data.format](data, reader)
 
 
 class FileSource:
     """Images that are files. paths: relative to data.source, with "/"; a key is the path without suffix and dots.
 
-    Raises ``DataError`` where two keys would be the same.
+    sizes: of the files, bytes, where the listing knew them. Raises ``DataError`` where two keys would be the same.
     """
 
     def __init__(
         self,
-        data: DataConfig,
+        root: str,
+        reader: FileReader,
         paths: list[str],
         labels: list[int],
         classes: int,
         captions: list[list[str]] | None = None,
+        sizes: list[int] | None = None,
     ) -> None:
-        assert data.source is not None
-        self._root, self._size, self._crop, self._paths = data.source, data.image_size, data.crop, paths
-        self.name, self.labels, self.classes, self.captions = Path(data.source).name, labels, classes, captions
-        self.keys = [os.path.splitext(path)[0].replace(".", "_") for path in paths]
-        seen: dict[str, int] = {}
-        for number, key in enumerate(self.keys):
-            other = seen.setdefault(key.removesuffix(MIRROR_SUFFIX), number)
-            if other != number:
-                raise DataError(
-                    f"{os.path.join(self._root, paths[other])} and {os.path.join(self._root, paths[number])}: their "
-                    f"keys would be the same ({key}); rename one of them"
-                )
+        self._root, self._paths, self._sizes, self.reader = root, paths, sizes, reader
+        self.name, self.labels, self.classes, self.captions = Path(root).name, labels, classes, captions
+        self.unusable: dict[int, str] = {}
+        self.keys = [as_key(os.path.splitext(path)[0]) for path in paths]
+        require_unique(self.keys, lambda number: storage.join(root, paths[number]))
+
+    def address(self, number: int) -> Address:
+        """The file of image ``number``."""
+        size = None if self._sizes is None else self._sizes[number]
+        return Address(storage.join(self._root, self._paths[number]), 0, size)
 
     def load(self, number: int) -> Pixels:
-        """Image ``number``, cropped: (size, size, 3) uint8. Raises ``DataError`` where it cannot be read."""
-        return read_image(os.path.join(self._root, self._paths[number]), self._size, self._crop)
+        """Image ``number``, cropped: (size, size, 3) uint8. Raises ``DataError`` where it cannot be used."""
+        return load_image(self, number)
 
 
-def folder_source(data: DataConfig) -> FileSource:
+def folder_source(data: DataConfig, reader: FileReader) -> FileSource:
     """One folder of images for each class, whose label is its index in sorted order; or one folder without labels.
 
     Raises ``MissingInputError`` where there is no image, ``DataError`` where it is neither of both.
     """
     root = str(data.source)
-    with os.scandir(root) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    images = {folder: _images_in(os.path.join(root, folder)) for folder in folders}
-    loose = _images_in(root)
-    empty = [folder for folder in folders if not images[folder]]
-    if len(empty) == len(folders):
+    sizes = storage.tree(root) if storage.is_remote(root) else None
+    images = _local_images(root) if sizes is None else _listed_images(sizes)
+    loose = images.pop("")
+    empty = [folder for folder in images if not images[folder]]
+    if len(empty) == len(images):
         if not loose:
             raise MissingInputError(
                 f"data.source {root}: no images ({', '.join(SUFFIXES)}) in it or in folders of classes right below it"
             )
-        return FileSource(data, loose, [-1] * len(loose), 0)
+        return FileSource(root, reader, loose, [-1] * len(loose), 0, sizes=_sizes_of(loose, sizes))
     if loose or empty:
         wrong = f"{len(loose)} images (as {loose[0]}) lie beside" if loose else f"no image in {empty[0]}, one of"
         raise DataError(
             f"data.source {root}: {wrong} the folders of classes; labels would be in doubt: give a folder that holds "
             "images alone, or folders of images alone"
         )
-    paths = [f"{folder}/{name}" for folder in folders for name in images[folder]]
-    labels = [label for label, folder in enumerate(folders) for _ in images[folder]]
-    return FileSource(data, paths, labels, len(folders))
+    paths = [f"{folder}/{name}" for folder, names in images.items() for name in names]
+    labels = [label for label, names in enumerate(images.values()) for _ in names]
+    return FileSource(root, reader, paths, labels, len(images), sizes=_sizes_of(paths, sizes))
+
+
+def _local_images(root: str) -> dict[str, list[str]]:
+    """Folder right below the root ("": the root itself) → names of the images in it, both in order."""
+    with os.scandir(root) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    with ThreadPoolExecutor(LISTINGS) as pool:
+        names = list(pool.map(_images_in, [root, *(os.path.join(root, folder) for folder in folders)]))
+    return dict(zip(["", *folders], names, strict=True))
 
 
 def _images_in(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith("."))
+        return sorted(entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir())
 
 
-class Cifar10Source:
-    """CIFAR-10's binary version, 32x32, mapped into memory.
-
-    Raises ``MissingInputError`` where a file is missing, ``DataError`` where one is damaged.
-    """
-
-    def __init__(self, root: str, split: str) -> None:
-        below = os.path.join(root, "cifar-10-batches-bin")
-        folder = below if os.path.isdir(below) else root
-        _require_files(
-            folder, CIFAR10_FILES[split], "data.source", "the binary version (cifar-10-binary.tar.gz), unpacked"
-        )
-        self._records = [_cifar10_records(os.path.join(folder, name)) for name in CIFAR10_FILES[split]]
-        self._starts = np.cumsum([0, *map(len, self._records)])
-        labels = np.concatenate([records[:, 0] for records in self._records])
-        self.name, self.classes = f"CIFAR-10 {split}", 10
-        self.captions: list[list[str]] | None = None
-        self.labels = [int(label) for label in labels]
-        self.keys = [f"cifar10-{split}-{number:05d}" for number in range(len(labels))]
-
-    def load(self, number: int) -> Pixels:
-        """Image ``number``, (32, 32, 3) uint8."""
-        file = int(np.searchsorted(self._starts, number, side="right")) - 1
-        record = self._records[file][number - self._starts[file]]
-        return np.array(record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+def _listed_images(listing: Iterable[str]) -> dict[str, list[str]]:
+    """As ``_local_images``, of a listing of all paths."""
+    images: dict[str, list[str]] = {"": []}
+    for path in listing:
+        folder, _, name = path.rpartition("/")
+        top = folder.split("/")[0]
+        if not top.startswith("."):
+            names = images.setdefault(top, [])
+            if folder == top and _is_image(name):
+                names.append(name)
+    return {folder: sorted(images[folder]) for folder in sorted(images)}
 
 
-def _cifar10_records(path: str) -> Pixels:
-    """(images, CIFAR10_RECORD) uint8."""
-    size = os.path.getsize(path)
-    if size == 0 or size % CIFAR10_RECORD:
-        raise DataError(
-            f"{path}: {size} bytes, not a multiple of {CIFAR10_RECORD} (an image of CIFAR-10's binary version): "
-            "truncated or another file; unpack cifar-10-binary.tar.gz again"
-        )
-    records = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, CIFAR10_RECORD)
-    if records[:, 0].max() > 9:
-        raise DataError(f"{path}: a label of {records[:, 0].max()} where 0…9 are; unpack cifar-10-binary.tar.gz again")
-    return records
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def celeba_source(data: DataConfig) -> FileSource:
+def _sizes_of(paths: list[str], sizes: dict[str, int] | None) -> list[int] | None:
+    return None if sizes is None else [sizes[path] for path in paths]
+
+
+def cifar10_source(data: DataConfig) -> Cifar10Source:
+    """CIFAR-10's binary version. Raises ``MissingInputError`` where a file is missing, ``DataError`` for damage."""
+    root = str(data.source)
+    below = os.path.join(root, "cifar-10-batches-bin")
+    folder = below if os.path.isdir(below) else root
+    wanted = "the binary version (cifar-10-binary.tar.gz), unpacked"
+    _require_files(folder, CIFAR10_FILES[data.split], "data.source", wanted)
+    return Cifar10Source(folder, data.split)
+
+
+def celeba_source(data: DataConfig, reader: FileReader) -> FileSource:
     """A part of CelebA, without labels: img_align_celeba and list_eval_partition.txt in data.source.
 
     Raises ``MissingInputError`` where a file is missing, ``DataError`` where the list is damaged.
@@ -193,19 +191,22 @@ def celeba_source(data: DataConfig) -> FileSource:
     if not names:
         raise DataError(f"{os.path.join(root, PARTITION)}: no image of data.split {data.split}; get the file again")
     _require_files(root, names, "data.source", "all images of img_align_celeba.zip")
-    return FileSource(data, names, [-1] * len(names), 0)
+    return FileSource(root, reader, names, [-1] * len(names), 0)
 
 
-def coco_source(data: DataConfig) -> FileSource:
+def coco_source(data: DataConfig, reader: FileReader) -> FileSource:
     """COCO's images in the order of their ids, without labels, with all captions, in the order of data.captions.
 
     Raises ``MissingInputError`` where a file is missing, ``DataError`` where data.captions is damaged.
     """
     root, file = str(data.source), str(data.captions)
-    if not os.path.isfile(file):
-        raise MissingInputError(f"data.captions {file}: no such file; give COCO's captions_train2014.json or the like")
     try:
-        tree = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = storage.read_bytes(file)
+    except NoSuchFileError:
+        wanted = "give COCO's captions_train2014.json or the like"
+        raise MissingInputError(f"data.captions {file}: no such file; {wanted}") from None
+    try:
+        tree = json.loads(content.decode())
         images = {int(image["id"]): str(image["file_name"]) for image in tree["images"]}
         captions: dict[int, list[str]] = {number: [] for number in images}
         strays = 0
@@ -234,8 +235,8 @@ def coco_source(data: DataConfig) -> FileSource:
         )
     order = sorted(images)
     paths = [images[number] for number in order]
-    _require_files(root, paths, "data.source", f"the images that {file} lists")
-    return FileSource(data, paths, [-1] * len(paths), 0, [captions[number] for number in order])
+    sizes = _require_files(root, paths, "data.source", f"the images that {file} lists")
+    return FileSource(root, reader, paths, [-1] * len(paths), 0, [captions[number] for number in order], sizes)
 
 
 def _text(caption: Any) -> str:
@@ -244,15 +245,24 @@ def _text(caption: Any) -> str:
     return caption
 
 
-def _require_files(root: str, names: Sequence[str], key: str, wanted: str) -> None:
-    """Raises ``MissingInputError`` with how many of the files below the root are missing. One listing per folder."""
-    listed = {folder: _listing(os.path.join(root, folder)) for folder in set(map(os.path.dirname, names))}
-    missing = [name for name in names if os.path.basename(name) not in listed[os.path.dirname(name)]]
+def _require_files(root: str, names: Sequence[str], key: str, wanted: str) -> list[int] | None:
+    """The sizes of these files below the root, where it is a URL. One listing per folder, or of the URL.
+
+    Raises ``MissingInputError`` with how many of the files are missing.
+    """
+    if storage.is_remote(root):
+        sizes = storage.tree(root)
+        missing = [name for name in names if name not in sizes]
+    else:
+        sizes = {}
+        listed = {folder: _listing(os.path.join(root, folder)) for folder in set(map(os.path.dirname, names))}
+        missing = [name for name in names if os.path.basename(name) not in listed[os.path.dirname(name)]]
     if missing:
         raise MissingInputError(
             f"{key} {root}: {len(missing)} of {len(names)} files are missing (the first: {missing[0]}); it must hold "
             f"{wanted}"
         )
+    return [sizes[name] for name in names] if sizes else None
 
 
 def _listing(folder: str) -> Iterable[str]:

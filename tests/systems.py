@@ -40,6 +40,7 @@ SMALL = [
     "model.embed_dim=96", "model.depth=2", "train.steps=4", "train.global_batch_size=8", "train.micro_batch_size=4",
     "train.log_every=1", "train.trace=true", "train.precision=fp32", "optimizer.warmup_steps=2", "checkpoint.every=2",
     "data.lanes=4", "data.block_size=2", "data.samples_per_shard=9",
+    "precompute.batch_size=3", "precompute.decode_processes=0",
     "sample.steps=3", "evaluate.samples=10", "evaluate.sub_batch_size=5", "evaluate.chunk_size=5",
     "evaluate.grid_rows=1", "evaluate.neighbours=2", "evaluate.features=pixels_8x8",
     "validation.samples=5", "validation.every=2", "validation.batch_size=2",
@@ -207,7 +208,6 @@ def make_shards(name: str, root: Path, run_dir: Path) -> None:
     tool = pack_images if name in PIXELS else precompute_text if name in TEXT else precompute_latents
     run_dir.mkdir(parents=True, exist_ok=True)
     common = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *tiny_overrides(name, root, run_dir)]
-    common += [] if name in PIXELS else ["--batch-size", "3"]
     command(tool.main, *common)
     held_out = ["data.mirror=false"]
     if name in ("uvit_s_cifar10", "uvit_s_celeba64"):

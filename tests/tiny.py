@@ -16,6 +16,7 @@ DEMO = ROOT / "configs" / "digits_demo.yaml"
 SMALL = [
     "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
     "data.lanes=12", "data.block_size=4", "data.samples_per_shard=32",
+    "precompute.batch_size=4", "precompute.decode_processes=0",
     "train.global_batch_size=24", "train.micro_batch_size=6", "train.steps=10", "train.log_every=1", "train.trace=true",
     "checkpoint.every=5", "optimizer.warmup_steps=3", "launch.timeout_s=60", "storage.retry_s=30",
     "sample.steps=4", "evaluate.samples=60", "evaluate.sub_batch_size=8", "evaluate.chunk_size=16",

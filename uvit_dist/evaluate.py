@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from uvit_dist import dist, storage
 from uvit_dist.config import Config
+from uvit_dist.data.latents import check_same_text_encoder
 from uvit_dist.data.shards import ShardIndex, read_index
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
@@ -30,7 +31,7 @@ from uvit_dist.models.autoencoder import Autoencoder
 from uvit_dist.models.features import Extractor
 from uvit_dist.models.uvit import UViT
 from uvit_dist.preflight import check_provenance, empty_context
-from uvit_dist.pretrained import check_same_text_encoder, load_decoder, load_extractor
+from uvit_dist.pretrained import load_decoder, load_extractor
 from uvit_dist.sampler import ImageConditions, Sampler, labels_of
 from uvit_dist.weights import Kind, Weights, check_trained_as, load_weights
 from uvit_dist.work import Result, WorkDirectory

@@ -1,6 +1,7 @@
 """Start a job: one process for each rank on this machine.
 
     python -m uvit_dist.launch --config configs/digits_demo.yaml
+    python -m uvit_dist.launch --config configs/digits_demo.yaml --job precompute
     python -m uvit_dist.launch --config configs/digits_demo.yaml --job evaluate sample.cfg_scale=0.5
     python -m uvit_dist.launch --config configs/digits_demo.yaml --local 1
 
@@ -108,6 +109,7 @@ class Processes:
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),

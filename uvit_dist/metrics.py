@@ -19,10 +19,11 @@ from uvit_dist.dist import Ranks
 log = logging.getLogger(__name__)
 
 
-class _AroundProgress(logging.Handler):
+class AroundProgress(logging.Handler):
     """Writes log lines to stderr without tearing a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
         tqdm.write(self.format(record), file=sys.stderr)
 
 
@@ -33,13 +34,15 @@ def set_up_logging(run_dir: str, ranks: Ranks) -> Path:
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(path)]
     if ranks.is_main:
-        handlers.append(_AroundProgress())
-    logger = logging.getLogger("uvit_dist")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+        handlers.append(AroundProgress())
     for handler in handlers:
         handler.setFormatter(form)
-        logger.addHandler(handler)
+    for name in ("uvit_dist", "data_tools"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        for handler in handlers:
+            logger.addHandler(handler)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(handlers[0])  # the file alone
     return path

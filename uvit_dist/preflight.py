@@ -18,12 +18,11 @@ from torch import Tensor
 from uvit_dist import storage
 from uvit_dist.config import AutoencoderConfig, Config
 from uvit_dist.config_rules import batch_rules
-from uvit_dist.data.latents import Provenance
+from uvit_dist.data.latents import Provenance, check_same_text_encoder
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.reader import PART_BYTES
 from uvit_dist.data.shards import ShardIndex, check_shards_present, read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
-from uvit_dist.pretrained import check_same_text_encoder, load_encoder
 
 HELD_OUT_REMEDY = (
     "make these shards as you made those of data.index, from other images and with data.index=PATH of this one (the "
@@ -38,6 +37,8 @@ def encoder_fingerprint(autoencoder: AutoencoderConfig) -> str:
     """The hash of the encoder that the configuration means: given, or computed from its file."""
     if autoencoder.encoder_fingerprint:
         return autoencoder.encoder_fingerprint
+    from uvit_dist.pretrained import load_encoder  # seconds, which only this needs
+
     return load_encoder(autoencoder).encoder_fingerprint
 
 

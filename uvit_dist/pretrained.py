@@ -6,7 +6,7 @@ import torch
 
 from uvit_dist import storage
 from uvit_dist.config import AutoencoderConfig, Config, EvaluateConfig, TextConfig
-from uvit_dist.errors import ConfigError, DataError
+from uvit_dist.errors import ConfigError
 from uvit_dist.models import autoencoder as autoencoder_module
 from uvit_dist.models import inception as inception_module
 from uvit_dist.models import text as text_module
@@ -15,9 +15,6 @@ from uvit_dist.models.features import EXTRACTORS, Extractor
 from uvit_dist.models.frozen import fingerprint
 from uvit_dist.models.inception import load_inception
 from uvit_dist.models.text import TextEncoder, load_text_encoder
-
-UNKNOWN = "unknown"
-"""The text encoder's hash in shards of contexts whose encoder was not at hand."""
 
 
 def load_encoder(section: AutoencoderConfig) -> Autoencoder:
@@ -54,17 +51,6 @@ def load_text(section: TextConfig) -> TextEncoder:
     """The text encoder. Raises ``MissingInputError``, ``DataError``."""
     path = storage.local_weights(section.encoder, section.encoder_sha256, "text.encoder", text_module.REMEDY)
     return load_text_encoder(path)
-
-
-def check_same_text_encoder(found: dict[str, str | None]) -> None:
-    """Contexts of two text encoders must not meet. found: what has contexts → the hash of its encoder.
-
-    Raises ``DataError``.
-    """
-    known = {what: value for what, value in found.items() if value is not None and value != UNKNOWN}
-    if len(set(known.values())) > 1:
-        listed = "\n  ".join(f"{what}: {value[:16]}…" for what, value in known.items())
-        raise DataError(f"contexts of different text encoders (hashes):\n  {listed}\nUse one encoder for all of them.")
 
 
 def load_extractor(evaluate: EvaluateConfig, device: torch.device) -> tuple[Extractor, str]:

@@ -1,17 +1,28 @@
-"""Units of work whose results are files: written atomically, found again after a kill, merged in order."""
+"""Units of work: shared among workers by leases; results are files, whole or not there, merged in order."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uvit_dist import storage
+from uvit_dist.errors import MissingInputError, UserError
 
+log = logging.getLogger(__name__)
 Result = dict[str, NDArray[Any]]
 
 
@@ -44,3 +55,145 @@ class WorkDirectory:
         for unit in range(self.units):
             with np.load(io.BytesIO(storage.read_bytes(self._path(unit))), allow_pickle=False) as archive:
                 yield dict(archive)
+
+
+# -- leases ------------------------------------------------------------------------------------------------------------
+
+
+def _this_process() -> dict[str, Any]:
+    """What identifies this process among all machines, and lets others on its machine see whether it lives."""
+    out: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    with contextlib.suppress(OSError):  # Linux
+        out["machine"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        out["started"] = _start_time(os.getpid())
+    return out
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in the kernel's ticks: a number that is given again has another. Raises ``OSError``."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def _died(holder: dict[str, Any], us: dict[str, Any]) -> bool:
+    """Whether a process is of this machine and not there any more."""
+    if "machine" not in us or holder.get("machine") != us["machine"]:
+        return False
+    try:
+        return _start_time(int(holder["pid"])) != holder["started"]
+    except OSError:
+        return True
+
+
+def _lease(unit: str, generation: int) -> str:
+    return f"{unit}.lease-{generation}"
+
+
+def newest_leases(names: Iterable[str]) -> dict[str, int]:
+    """Unit → newest generation, of the leases among the names of files."""
+    found: dict[str, int] = {}
+    for name in names:
+        unit, dot, generation = name.rpartition(".lease-")
+        if dot and generation.isdigit():
+            found[unit] = max(found.get(unit, 0), int(generation))
+    return found
+
+
+def holders(directory: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Unit → what its holder last told: ``host``, ``pid``, ``token`` (of the process), ``beat``, ``progress``."""
+    out = {}
+    for unit, generation in newest_leases(names).items():
+        with contextlib.suppress(MissingInputError, ValueError):
+            out[unit] = json.loads(storage.read_bytes(storage.join(directory, _lease(unit, generation))))
+    return out
+
+
+class Leases:
+    """Which worker does which unit, told by files beside the output, without a server, and without comparing clocks.
+
+    A lease is a file ``UNIT.lease-GENERATION`` that one of many creates; its holder rewrites it as a sign of life.
+    Who has seen the newest one unchanged for ``lease_s`` seconds, or knows its holder to be dead, creates the next.
+    A holder that was only slow then does what another does too: units must come out equal whoever does them.
+    """
+
+    def __init__(self, directory: str, lease_s: float) -> None:
+        storage.make_directory(directory)
+        self.directory, self.us = directory, _this_process()
+        self._lease_s, self._beats = lease_s, 0
+        self._held: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="leases", daemon=True)
+        self._thread.start()
+
+    def claim(self, unit: str, names: Iterable[str]) -> bool:
+        """Take a unit that nobody holds, or whose holder is silent or dead. names: the files here, listed just now."""
+        generation = newest_leases(names).get(unit)
+        if unit in self._held or (generation is not None and not self._is_silent(unit, generation)):
+            return False
+        generation = 0 if generation is None else generation + 1
+        if not storage.create(self._path(unit, generation), self._content({})):
+            return False
+        with self._lock:
+            self._held[unit] = generation, {}
+        return True
+
+    def note(self, unit: str, **progress: Any) -> None:
+        """Tell how far a held unit is, from the next sign of life on."""
+        with self._lock:
+            if unit in self._held:
+                self._held[unit] = self._held[unit][0], progress
+
+    def release(self, unit: str) -> None:
+        """Give a unit back: done, or for others to do. Older leases of it go too."""
+        with self._writing, self._lock:
+            generation, _ = self._held.pop(unit, (-1, {}))
+        for number in range(generation, -1, -1):
+            storage.remove(self._path(unit, number))
+
+    def close(self) -> None:
+        """Give back all that is held."""
+        self._end.set()
+        self._thread.join()
+        for unit in list(self._held):
+            with contextlib.suppress(UserError):
+                self.release(unit)
+
+    def _path(self, unit: str, generation: int) -> str:
+        return storage.join(self.directory, _lease(unit, generation))
+
+    def _content(self, progress: dict[str, Any]) -> bytes:
+        return json.dumps({**self.us, "beat": self._beats, "progress": progress}).encode()
+
+    def _is_silent(self, unit: str, generation: int) -> bool:
+        path = self._path(unit, generation)
+        try:
+            content = storage.read_bytes(path)
+        except MissingInputError:
+            return False  # given back just now: the next listing tells
+        with contextlib.suppress(ValueError):
+            if _died(json.loads(content), self.us):
+                return True
+        before, since = self._seen.setdefault(path, (content, time.monotonic()))
+        if before != content:
+            self._seen[path] = content, time.monotonic()
+            return False
+        return time.monotonic() - since > self._lease_s
+
+    def show_life(self) -> None:
+        """Tell of all held units that their holder lives; a thread does it four times in ``lease_s``."""
+        self._beats += 1
+        for unit in list(self._held):
+            with self._writing:
+                with self._lock:
+                    if unit not in self._held:
+                        continue
+                    generation, progress = self._held[unit]
+                try:
+                    storage.write_bytes(self._path(unit, generation), self._content(progress))
+                except UserError as error:
+                    log.warning("no sign of life for %s (%s): another worker may do it too", unit, error)
+
+    def _live(self) -> None:
+        while not self._end.wait(self._lease_s / 4):
+            self.show_life()

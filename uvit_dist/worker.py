@@ -18,7 +18,7 @@ from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE, OutputError, UserError, explained_exit
 
-JOBS = ("train", "evaluate")
+JOBS = ("train", "evaluate", "precompute")
 LAUNCHER_VARIABLE = "UVIT_DIST_LAUNCHER"
 """Set by the launcher to its process id; it then speaks for all ranks, and they die with it."""
 
@@ -50,6 +50,14 @@ def _run(job: str, config: Config) -> int:
     ranks = dist.ranks_from_environment()
     metrics.set_up_logging(config.run_dir, ranks)
     storage.configure(config.storage)
+    if job == "precompute":  # its workers share the work by leases: no process group
+        from data_tools import shard_job
+
+        try:
+            shard_job.run(config)
+        except KeyboardInterrupt:
+            return INTERRUPTED_EXIT_CODE
+        return 0
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

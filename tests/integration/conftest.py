@@ -23,8 +23,8 @@ def data_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     config = tiny_config(directory, directory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precompute_latents, "open_source", lambda *_: FewDigits())
-        precompute_latents.precompute(config, 32, torch.device("cpu"))
+        patch.setattr(precompute_latents, "open_images", lambda _: FewDigits())
+        precompute_latents.precompute(config, torch.device("cpu"))
     out = io.BytesIO()
     np.savez(out, **make_reference(config))
     (directory / "reference.npz").write_bytes(out.getvalue())

@@ -13,8 +13,8 @@ from PIL import Image
 from data_tools.crops import adm_crop, coco_crop
 from data_tools.fid_reference import make_reference
 from data_tools.precompute_latents import precompute
-from data_tools.shard_job import plan_shards
 from data_tools.sources import open_source
+from data_tools.units import plan_units
 from tests.golden_values import GOLDEN
 from tests.tiny import DEMO, ROOT, tiny_config
 from uvit_dist.config import DataConfig
@@ -55,12 +55,16 @@ def test_digits_features_are_the_digits():
 
 
 def test_a_mirror_image_never_meets_its_original_and_every_image_is_there_once():
-    shards = plan_shards(images=100, mirror=True, per_shard=16, seed=5)
-    assert [len(shard) for shard in shards] == [16] * 6 + [4] + [16] * 6 + [4]
-    assert sorted(item for shard in shards for item in shard) == [(i, m) for i in range(100) for m in (False, True)]
-    assert all(len({number for number, _ in shard}) == len(shard) for shard in shards)
-    assert plan_shards(100, True, 16, 6) != shards
-    assert len({number // 25 for number, _ in shards[0]}) == 4, "a shard of a sorted source is a sample of all of it"
+    units = plan_units(images=100, mirror=True, per_shard=16, seed=5)
+    assert [len(unit.images) for unit in units] == [16] * 6 + [4]
+    shards = sorted((shard for unit in units for shard in unit.shards), key=lambda shard: shard.name)
+    assert [shard.name for shard in shards] == [f"latents-{number:06d}" for number in range(14)]
+    assert [shard.mirrored for shard in shards] == [False] * 7 + [True] * 7
+    keys = [f"{number:03d}" for number in range(100)]
+    assert sorted(k for shard in shards for k in shard.keys(keys)) == sorted([*keys, *(f"{k}_m" for k in keys)])
+    assert all(len(set(shard.images)) == len(shard.images) for shard in shards)
+    assert plan_units(100, True, 16, 6) != units
+    assert len({number // 25 for number in units[0].images}) == 4, "a shard of a sorted source is a sample of all of it"
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ def folder_config(folder, tmp_path, *more):
 def test_a_folder_becomes_shards_and_a_restart_keeps_what_is_done(folder, tmp_path):
     config = folder_config(folder, tmp_path)
     device = torch.device("cpu")
-    precompute(config, 4, device)
+    precompute(config, device)
     index = read_index(config.data.index)
     assert (index.provenance.samples, sum(index.counts), index.provenance.classes) == (18, 18, 2)
     made = index.provenance
@@ -93,19 +97,20 @@ def test_a_folder_becomes_shards_and_a_restart_keeps_what_is_done(folder, tmp_pa
     labels = np.concatenate([index.rows(shard)["label"] for shard in range(len(index.shards))])
     assert np.bincount(labels).tolist() == [8, 10]
     directory = tmp_path / "latents"
-    whole = {path.name: path.read_bytes() for path in directory.iterdir()}
+    whole = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     assert b"n01/pic_0_m.npy" in b"".join(whole.values()), "a mirrored image by its key"
 
     for name in ("index.json", "latents-000001.json"):
         (directory / name).unlink()
     (directory / "latents-000003.tar").write_bytes(b"damaged")
     (directory / "latents-000002.rows.npy").unlink()
-    times = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
-    precompute(config, 4, device)
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == whole
-    assert (directory / "latents-000000.tar").stat().st_mtime_ns == times["latents-000000.tar"]
+    times = {path.name: path.stat().st_mtime_ns for path in directory.iterdir() if path.is_file()}
+    precompute(config, device)
+    assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == whole
+    kept = {name for name in times if (directory / name).stat().st_mtime_ns == times[name] and name.endswith(".tar")}
+    assert kept == {f"latents-{number:06d}.tar" for number in (0, 4, 5)}, "no original is made again with its mirror"
 
-    precompute(folder_config(folder, tmp_path, "data.samples_per_shard=5", "seed=99"), 4, device)
+    precompute(folder_config(folder, tmp_path, "data.samples_per_shard=5", "seed=99"), device)
     other = read_index(config.data.index)
     assert sum(other.counts) == 18, "shards of another cut are not taken for finished"
 
@@ -116,9 +121,9 @@ def test_a_configuration_for_another_command_is_refused(folder, tmp_path):
             "data.format=coco", "data.captions=nowhere", "sample.cfg_scale=1.0"]  # fmt: skip
     for changes, remedy in ((pixels, "use data_tools.pack_images"), (text, "use data_tools.precompute_text")):
         with pytest.raises(ConfigError, match=f"not for data_tools.precompute_latents; {remedy}"):
-            precompute(folder_config(folder, tmp_path, *changes), 4, torch.device("cpu"))
+            precompute(folder_config(folder, tmp_path, *changes), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"data\.image_size 34 must be divisible by the autoencoder's factor 4"):
-        precompute(folder_config(folder, tmp_path, "data.image_size=34"), 4, torch.device("cpu"))
+        precompute(folder_config(folder, tmp_path, "data.image_size=34"), torch.device("cpu"))
 
 
 def test_a_reference_of_images_without_labels_has_no_accuracy(folder, tmp_path):
@@ -149,10 +154,10 @@ def test_moments_that_do_not_fit_the_type_are_refused(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(Autoencoder, "encode_moments", lambda self, x: torch.full((len(x), 8, 8, 8), 1e6))
     with pytest.raises(DataError, match=r"moments are not finite in float16; set data\.moments_dtype float32"):
-        precompute(config, 4, torch.device("cpu"))
+        precompute(config, torch.device("cpu"))
     assert not (tmp_path / "latents" / "index.json").exists()
-    precompute(folder_config(folder, tmp_path, "data.moments_dtype=float32"), 4, torch.device("cpu"))
+    precompute(folder_config(folder, tmp_path, "data.moments_dtype=float32"), torch.device("cpu"))
     assert json.loads((tmp_path / "latents" / "index.json").read_text())["provenance"]["dtype"] == "float32"
     monkeypatch.setattr(Autoencoder, "encode_moments", lambda self, x: torch.full((len(x), 8, 8, 8), torch.inf))
     with pytest.raises(DataError, match=r"moments are not finite; mend or remove"):
-        precompute(folder_config(folder, tmp_path, "data.moments_dtype=float32", "seed=1"), 4, torch.device("cpu"))
+        precompute(folder_config(folder, tmp_path, "data.moments_dtype=float32", "seed=1"), torch.device("cpu"))

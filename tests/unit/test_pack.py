@@ -13,7 +13,7 @@ import torch
 
 from data_tools.latent_scale import measure
 from data_tools.official_features import read_npy
-from data_tools.pack_images import pack as pack_images
+from data_tools.pack_images import make as pack_images
 from data_tools.pack_latents import file_number
 from data_tools.pack_latents import pack as pack_latents
 from data_tools.sources import DigitsSource
@@ -45,7 +45,7 @@ def keys_of(index):
 def test_pixels_are_stored_once_as_they_are(tmp_path, monkeypatch):
     source = DigitsSource()
     source.keys, source.labels = source.keys[:230], source.labels[:230]
-    monkeypatch.setattr(sys.modules[pack_images.__module__], "open_source", lambda data: source)
+    monkeypatch.setattr(sys.modules[pack_images.__module__], "open_images", lambda config: source)
     config = tiny_config(tmp_path, tmp_path, *PIXELS)
     pack_images(config)
     index, batch = read_all(config)

@@ -13,11 +13,11 @@ from tests.systems import command, make_cifar10
 from tests.tiny import DEMO, ROOT, tiny_config
 from uvit_dist import evaluate
 from uvit_dist.config_yaml import load_config
-from uvit_dist.data.latents import Provenance
+from uvit_dist.data.latents import Provenance, check_same_text_encoder
 from uvit_dist.data.shards import read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError, OutputError
 from uvit_dist.preflight import check_provenance
-from uvit_dist.pretrained import check_same_text_encoder, load_decoder, load_extractor
+from uvit_dist.pretrained import load_decoder, load_extractor
 from uvit_dist.weights import Weights, check_same_noise, check_trained_as
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_other_channels_and_factors_work_by_configuration_alone(tmp_path):
     for label in range(2):
         (tmp_path / f"images/{label}").mkdir(parents=True)
         Image.fromarray(np.full((70, 80, 3), 50 * label, np.uint8)).save(tmp_path / f"images/{label}/a.png")
-    (record,) = precompute_latents.precompute(config, 2, CPU)
+    (record,) = precompute_latents.precompute(config, CPU)
     made = json.loads((tmp_path / "shards/index.json").read_text())["provenance"]
     assert made["shape"] == [32, 2, 2]
     assert record.samples == 2
@@ -70,7 +70,7 @@ def test_shards_that_would_not_fit_the_network_are_not_made(tmp_path):
         more = ["diffusion.null_label=null", "sample.cfg_scale=0", "diffusion.label_dropout=0"]
         config = tiny_config(tmp_path / "shards", tmp_path / "run", change, *(more if "num" in change else []))
         with pytest.raises(ConfigError, match=told):
-            precompute_latents.precompute(config, 4, CPU)
+            precompute_latents.precompute(config, CPU)
     assert not (tmp_path / "shards").exists()
 
 
@@ -78,11 +78,11 @@ def test_two_indexes_cannot_share_a_directory(tmp_path):
     """Their shards would have the same names."""
     common = ["--config", str(DEMO), "data.space=pixels", "autoencoder=null", "model.in_chans=3", "model.img_size=32"]
     command(pack_images.main, *common, f"data.index={tmp_path}/train.json")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(SystemExit) as left:
         command(pack_images.main, *common, f"data.index={tmp_path}/val.json", "seed=5")
     assert left.value.code == OutputError.exit_code
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     command(pack_images.main, *common, f"data.index={tmp_path}/train.json")
 
 

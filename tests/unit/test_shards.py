@@ -105,7 +105,7 @@ def test_the_same_samples_give_the_same_bytes(index_path, tmp_path):
     record = write_shard(str(again), "shard-0", samples, provenance())
     assert (again / "shard-0.tar").read_bytes() == (index_path.parent / "shard-0.tar").read_bytes()
     keys = [sample.key for sample in samples]
-    assert finished_shard(str(again), "shard-0", keys, provenance()) == record
+    assert finished_shard(str(again), "shard-0", keys, provenance()).record == record
     assert finished_shard(str(again), "shard-0", keys, provenance(scale_factor=0.7)) is None
     assert finished_shard(str(again), "shard-0", keys[::-1], provenance()) is None
     (again / "shard-0.tar").write_bytes(b"")

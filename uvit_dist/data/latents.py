@@ -22,6 +22,8 @@ from uvit_dist.errors import DataError
 
 VERSION = 2
 MIRROR_SUFFIX = "_m"
+UNKNOWN = "unknown"
+"""The text encoder's hash in shards of contexts whose encoder was not at hand."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,17 @@ class Provenance:
             return Provenance(**{**record, **tuples, "text": text})
         except (TypeError, KeyError) as error:
             raise DataError(f"{origin}: incomplete provenance ({error}); make the shards anew") from None
+
+
+def check_same_text_encoder(found: dict[str, str | None]) -> None:
+    """Contexts of two text encoders must not meet. found: what has contexts → the hash of its encoder.
+
+    Raises ``DataError``.
+    """
+    known = {what: value for what, value in found.items() if value is not None and value != UNKNOWN}
+    if len(set(known.values())) > 1:
+        listed = "\n  ".join(f"{what}: {value[:16]}…" for what, value in known.items())
+        raise DataError(f"contexts of different text encoders (hashes):\n  {listed}\nUse one encoder for all of them.")
 
 
 def encode_array(array: NDArray[Any]) -> tuple[bytes, int]:

@@ -13,8 +13,8 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, Any
 
@@ -68,9 +68,15 @@ class _Hashing(io.RawIOBase):
         return len(data)
 
 
-def write_shard(directory: str, name: str, samples: Iterable[Sample], provenance: Provenance) -> ShardRecord:
+def write_shard(
+    directory: str,
+    name: str,
+    samples: Iterable[Sample],
+    provenance: Provenance,
+    sidecar: Callable[[], dict[str, Any]] = dict,
+) -> ShardRecord:
     """Write one shard atomically; samples in order, each of the shape and type in the provenance. Its record is the
-    last file written.
+    last file written. sidecar: asked after the last sample, what else that file says, as in ``Sidecar``.
 
     The bytes depend on the samples alone. Raises ``OutputError``.
     """
@@ -99,8 +105,9 @@ def write_shard(directory: str, name: str, samples: Iterable[Sample], provenance
         storage.write_bytes(storage.join(directory, f"{name}.{table}.npy"), encode_array(array)[0])
     hashes = {f"{table}_sha256": hashlib.sha256(array.tobytes()).hexdigest() for table, array in tables.items()}
     record = ShardRecord(f"{name}.tar", stream.size, len(rows), stream.sha256.hexdigest(), **hashes)
-    sidecar = {**dataclasses.asdict(record), "keys": hash_keys(keys), "provenance": dataclasses.asdict(provenance)}
-    storage.write_bytes(storage.join(directory, f"{name}.json"), json.dumps(sidecar, indent=1).encode())
+    told = {"keys": hash_keys(keys), "provenance": dataclasses.asdict(provenance)}
+    told = {**dataclasses.asdict(record), **told, **sidecar()}
+    storage.write_bytes(storage.join(directory, f"{name}.json"), json.dumps(told, indent=1).encode())
     return record
 
 
@@ -126,23 +133,61 @@ def hash_keys(keys: list[str]) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
-def finished_shard(directory: str, name: str, keys: list[str], provenance: Provenance) -> ShardRecord | None:
-    """The record of a shard of the same samples and provenance that an earlier run finished, or none."""
-    path = storage.join(directory, f"{name}.json")
-    if not storage.exists(path):
+@dataclass(frozen=True)
+class Sidecar:
+    """What lies beside a finished shard. keys: hash of those of the samples asked for; bad: key → why it was left out.
+
+    made_with: settings that its bytes depend on, beside the provenance.
+    """
+
+    record: ShardRecord
+    keys: str
+    provenance: dict[str, Any]
+    made_with: dict[str, Any] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def read(directory: str, name: str) -> Sidecar | None:
+        """Of the shard NAME.tar; none where it is not there or not of this kind."""
+        try:
+            told = json.loads(storage.read_bytes(storage.join(directory, f"{name}.json")))
+            others = {key: told.pop(key) for key in ("keys", "provenance", "made_with", "bad") if key in told}
+            return Sidecar(ShardRecord(**told), **others)
+        except (MissingInputError, ValueError, TypeError, AttributeError):
+            return None
+
+
+def finished_shard(
+    directory: str,
+    name: str,
+    keys: list[str],
+    provenance: Provenance,
+    made_with: dict[str, Any] | None = None,
+    present: Mapping[str, int] | None = None,
+) -> Sidecar | None:
+    """The sidecar of a shard of the same samples, provenance and settings that was finished before, or none.
+
+    present: name → bytes of the files in the directory, as listed.
+    """
+    present = storage.sizes_in(directory) if present is None else present
+    if f"{name}.json" not in present:
         return None
-    sidecar = json.loads(storage.read_bytes(path))
-    same = json.loads(json.dumps(dataclasses.asdict(provenance))) == sidecar.pop("provenance")
-    same = sidecar.pop("keys") == hash_keys(keys) and same
-    record = ShardRecord(**sidecar)
-    tar = storage.join(directory, record.name)
-    return record if same and storage.exists(tar) and storage.size(tar) == record.size else None
+    sidecar = Sidecar.read(directory, name)
+    if sidecar is None or sidecar.keys != hash_keys(keys) or sidecar.made_with != (made_with or {}):
+        return None
+    same = json.loads(json.dumps(dataclasses.asdict(provenance))) == sidecar.provenance
+    whole = present.get(f"{name}.tar") == sidecar.record.size and all(t in present for t in sidecar.record.tables)
+    return sidecar if same and whole else None
 
 
-def write_index(path: str, records: list[ShardRecord], provenance: Provenance) -> None:
-    """Write the index of finished shards, atomically, beside them."""
+def write_index(
+    path: str, records: list[ShardRecord], provenance: Provenance, made_with: dict[str, Any] | None = None
+) -> None:
+    """Write the index of finished shards, atomically, beside them. made_with: settings that their bytes depend on."""
     assert sum(record.samples for record in records) == provenance.samples
-    index = {"provenance": dataclasses.asdict(provenance), "shards": [dataclasses.asdict(r) for r in records]}
+    index: dict[str, Any] = {"provenance": dataclasses.asdict(provenance)}
+    index |= {"made_with": made_with} if made_with else {}
+    index["shards"] = [dataclasses.asdict(record) for record in records]
     storage.write_bytes(path, json.dumps(index, indent=1).encode())
 
 

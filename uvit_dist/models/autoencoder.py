@@ -6,6 +6,7 @@ Three kinds of weights are read, all from local paths and none through a hub: an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -51,14 +52,16 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
-        """quant_conv(encoder(x)): mean and unclamped logvar, always in fp32 (neither autocast nor TF32).
+    def encode_moments(self, images: torch.Tensor, bf16: bool = False) -> torch.Tensor:
+        """quant_conv(encoder(x)): mean and unclamped logvar, in fp32 (neither autocast nor TF32), or bf16 autocast.
 
-        images: (B, 3, H, W) in [-1, 1]. Returns (B, 2C, H/factor, W/factor).
+        images: (B, 3, H, W) in [-1, 1]. Returns (B, 2C, H/factor, W/factor), fp32.
         """
-        with torch.autocast(images.device.type, enabled=False), true_fp32():
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
+        with autocast, contextlib.nullcontext() if bf16 else true_fp32():
             hidden = self.vae.encoder(images.float())
-            return hidden if self.vae.quant_conv is None else self.vae.quant_conv(hidden)
+            hidden = hidden if self.vae.quant_conv is None else self.vae.quant_conv(hidden)
+        return hidden.float()
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W), near [-1, 1] but not clamped. z: (B, C, H/factor, W/factor), unscaled."""

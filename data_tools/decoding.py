@@ -1,0 +1,160 @@
+"""Reading, decoding and cropping images in processes of their own, ahead of whatever uses them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_tools.images import Address, BadImageError, Reader
+from uvit_dist import storage
+from uvit_dist.config import StorageConfig
+from uvit_dist.errors import UserError
+
+CHUNK = 16
+"""Images that go to a process together."""
+READ_AT_ONCE = 16
+"""Images that a process requests from a server at once."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to decode together. unit, first: whose, and the place of the first in it; none: known to be unusable."""
+
+    unit: int
+    first: int
+    addresses: Sequence[Address | None]
+
+
+@dataclass
+class Chunk:
+    """Decoded images. pixels: (n, size, size, 3) uint8, grey where an image is bad; bad: place in the unit → why.
+
+    read_s, decode_s: seconds spent on each. error: a mistake of the user that ended it.
+    """
+
+    unit: int
+    first: int
+    pixels: Tensor
+    bad: dict[int, str] = field(default_factory=dict)
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    error: UserError | None = None
+
+
+class Decoder(Dataset[Chunk]):
+    """Turns requests into chunks, in whatever process. size: pixels of a side."""
+
+    def __init__(self, reader: Reader, size: int) -> None:
+        self._reader, self._size = reader, size
+
+    def __getitems__(self, requests: Sequence[Request]) -> list[Chunk]:
+        """The chunk of each request, (n, size, size, 3) uint8 each."""
+        return [self._chunk(request) for request in requests]
+
+    def _chunk(self, request: Request) -> Chunk:
+        pixels = np.full((len(request.addresses), self._size, self._size, 3), 128, dtype=np.uint8)
+        chunk = Chunk(request.unit, request.first, torch.from_numpy(pixels))
+        began = time.perf_counter()
+        try:
+            for place, content in enumerate(self._contents(request.addresses)):
+                if content is None:
+                    continue
+                before = time.perf_counter()
+                try:
+                    pixels[place] = self._reader.decode(content())
+                except BadImageError as error:
+                    chunk.bad[request.first + place] = str(error)
+                chunk.decode_s += time.perf_counter() - before
+        except UserError as error:
+            chunk.error = error
+        chunk.read_s = time.perf_counter() - began - chunk.decode_s
+        return chunk
+
+    def _contents(self, addresses: Sequence[Address | None]) -> Iterator[_Content | None]:
+        if not any(address is not None and storage.is_remote(address.path) for address in addresses):
+            yield from (None if a is None else _Content(self._reader, a) for a in addresses)
+            return
+        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+            waiting = [None if a is None else pool.submit(_Content, self._reader, a) for a in addresses]
+            yield from (None if content is None else content.result() for content in waiting)
+
+
+class _Content:
+    """An image's bytes, read now; why they could not be is told when they are asked for."""
+
+    def __init__(self, reader: Reader, address: Address) -> None:
+        self._bytes, self._error = b"", ""
+        try:
+            self._bytes = reader.read(address)
+        except BadImageError as error:
+            self._error = str(error)
+
+    def __call__(self) -> bytes:
+        if self._error:
+            raise BadImageError(self._error)
+        return self._bytes
+
+
+def processes_for(asked: int | None, cheap: bool) -> int:
+    """Decoding processes of this worker. asked: precompute.decode_processes; cheap: images that need no decoding."""
+    if asked is not None:
+        return asked
+    if cheap:
+        return 0
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def decoded(
+    requests: Iterable[Request], reader: Reader, size: int, processes: int, settings: StorageConfig
+) -> Generator[Chunk]:
+    """The chunks of requests, (n, size, size, 3) uint8 each, in their order, read ahead by so many processes.
+
+    Raises what ``Reader.read`` raises but for bad images: ``UnavailableError``, ``MissingInputError``.
+    """
+    loader = DataLoader(
+        Decoder(reader, size),
+        batch_sampler=_Each(requests),
+        collate_fn=_only,
+        num_workers=processes,
+        multiprocessing_context="forkserver" if processes else None,
+        prefetch_factor=2 if processes else None,
+        worker_init_fn=_Setup(settings),
+    )
+    for chunk in loader:
+        if chunk.error is not None:
+            raise chunk.error
+        yield chunk
+
+
+class _Each:
+    """Each request as a batch of its own."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        return ([request] for request in self._requests)
+
+
+def _only(chunks: list[Chunk]) -> Chunk:
+    (chunk,) = chunks
+    return chunk
+
+
+class _Setup:
+    """What a decoding process does first."""
+
+    def __init__(self, settings: StorageConfig) -> None:
+        self._settings = settings
+
+    def __call__(self, worker: int) -> None:
+        torch.set_num_threads(1)
+        storage.configure(self._settings)

@@ -1,0 +1,147 @@
+"""Leases: one live worker for each unit, told by files alone; who falls silent or dies loses it."""
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from uvit_dist import storage, work
+from uvit_dist.work import Leases, holders, newest_leases
+
+LEASE_S = 600.0
+"""Longer than any test: signs of life are given here by hand."""
+
+
+@pytest.fixture(params=["path", "URL"])
+def directory(request, tmp_path):
+    return str(tmp_path / "leases") if request.param == "path" else f"memory://{tmp_path.name}/leases"
+
+
+@pytest.fixture
+def workers(directory):
+    """Makes workers on one directory, each as if on a machine of its own."""
+    made = []
+
+    def make(**identity):
+        leases = Leases(directory, LEASE_S)
+        leases.us = {**leases.us, "machine": f"machine {len(made)}", **identity}
+        made.append(leases)
+        return leases
+
+    yield make
+    for leases in made:
+        leases.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the workers think have passed."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(work, "time", clock)
+    return clock
+
+
+def names(directory):
+    return list(storage.sizes_in(directory))
+
+
+def test_of_many_workers_one_gets_a_unit(workers, directory):
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda leases: leases.claim("unit-1", []), [workers() for _ in range(8)]))
+    assert got.count(True) == 1
+    assert newest_leases(names(directory)) == {"unit-1": 0}
+
+
+def test_who_shows_life_keeps_its_unit_for_ever(workers, directory, clock):
+    holder, other = workers(), workers()
+    assert holder.claim("unit-1", names(directory))
+    for _ in range(5):
+        assert not other.claim("unit-1", names(directory))
+        clock.now += 0.9 * LEASE_S
+        holder.show_life()
+    assert not other.claim("unit-1", names(directory))
+
+
+def test_who_is_silent_for_the_lease_loses_its_unit_to_one_other(workers, directory, clock):
+    holder, others = workers(), [workers(), workers()]
+    assert holder.claim("unit-1", names(directory))
+    listed = names(directory)
+    assert not any(other.claim("unit-1", listed) for other in others)
+    clock.now += 0.99 * LEASE_S
+    assert not any(other.claim("unit-1", listed) for other in others)
+    clock.now += 0.02 * LEASE_S
+    assert [other.claim("unit-1", listed) for other in others] == [True, False]
+    assert newest_leases(names(directory)) == {"unit-1": 1}
+
+    holder.show_life()  # it was only slow, and does not know
+    assert not others[1].claim("unit-1", names(directory)), "the newest lease counts"
+    others[0].release("unit-1")
+    assert names(directory) == []
+
+
+def test_a_worker_that_has_seen_nothing_yet_waits_the_whole_lease(workers, directory, clock):
+    holder = workers()
+    assert holder.claim("unit-1", names(directory))
+    clock.now += 100 * LEASE_S
+    late = workers()
+    assert not late.claim("unit-1", names(directory)), "clocks of machines are not compared"
+
+
+def test_a_holder_known_to_be_dead_is_not_waited_for(workers, directory):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = workers(machine="here", pid=ended.pid, started="12345")
+    assert dead.claim("unit-1", names(directory))
+    assert not workers(machine="elsewhere").claim("unit-1", names(directory)), "its processes are not to be seen"
+    assert workers(machine="here").claim("unit-1", names(directory))
+
+
+def test_a_live_process_of_this_machine_is_not_taken_for_dead(directory):
+    one, two = Leases(directory, LEASE_S), Leases(directory, LEASE_S)
+    try:
+        assert one.us["machine"] == two.us["machine"]
+        assert one.claim("unit-1", [])
+        assert not two.claim("unit-1", names(directory))
+    finally:
+        one.close()
+        two.close()
+
+
+def test_a_released_unit_is_free_and_a_closed_worker_holds_none(workers, directory):
+    one, two = workers(), workers()
+    assert one.claim("unit-1", [])
+    assert one.claim("unit-2", names(directory))
+    one.release("unit-1")
+    assert two.claim("unit-1", names(directory))
+    one.close()
+    assert newest_leases(names(directory)) == {"unit-1": 0}
+
+
+def test_a_holder_tells_how_far_it_is(workers, directory):
+    holder = workers()
+    holder.claim("unit-1", [])
+    assert holders(directory, names(directory))["unit-1"]["progress"] == {}
+    holder.note("unit-1", images=7)
+    holder.note("unit-2", images=9)
+    holder.show_life()
+    told = holders(directory, [*names(directory), "unit-3.lease-0", "other.txt"])
+    assert told.keys() == {"unit-1"}
+    assert told["unit-1"]["progress"] == {"images": 7}
+    assert told["unit-1"]["token"] == holder.us["token"]
+
+
+def test_a_lease_that_cannot_be_read_is_waited_for(workers, directory, clock):
+    storage.make_directory(directory)
+    storage.write_bytes(storage.join(directory, "unit-1.lease-0"), json.dumps(["half"]).encode()[:3])
+    other = workers()
+    assert not other.claim("unit-1", names(directory))
+    clock.now += 1.01 * LEASE_S
+    assert other.claim("unit-1", names(directory))
