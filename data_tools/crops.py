@@ -8,7 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_tools import resample
+
 Pixels = NDArray[np.uint8]
+TALL = 1.9
+"""Height over width up to which Pillow surely resizes columns before rows; from 2 on, Pillow 13 may not."""
 CELEBA_ROWS, CELEBA_COLUMNS = (57, 185), (25, 153)
 """128 x 128 pixels about the face in CelebA's aligned images of 178 x 218."""
 
@@ -26,6 +30,27 @@ def adm_crop(image: Image.Image, size: int) -> Pixels:
     pixels = np.asarray(image)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def fast_adm_crop(image: Image.Image | Pixels, size: int) -> Pixels:
+    """``adm_crop``, byte for byte, of an image or its pixels (H, W, 3). Returns (size, size, 3) uint8.
+
+    Exact since it has Pillow's coefficients and rounding, in Pillow's order, columns before rows, after each halving
+    too; faster since it makes what the crop keeps and what that comes from, and by wider instructions. Images higher
+    than TALL are Pillow's to resize: it may take their rows first.
+    """
+    width, height = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+    sizes = [(width, height)]
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        sizes.append((width, height))
+    if not resample.agrees_with_pillow() or any(h > TALL * w for w, h in sizes):
+        return adm_crop(Image.fromarray(image) if isinstance(image, np.ndarray) else image, size)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    steps = [*((halved, resample.BOX) for halved in sizes[1:]), ((width, height), resample.BICUBIC)]
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    return resample.resample(pixels, steps, (width - size) // 2, (height - size) // 2, size)
 
 
 def celeba_crop(image: Image.Image, size: int) -> Pixels:
@@ -48,6 +73,17 @@ def coco_crop(image: Image.Image, size: int) -> Pixels:
     return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
 
 
+def fast_coco_crop(image: Image.Image | Pixels, size: int) -> Pixels:
+    """``coco_crop``, byte for byte, of an image or its pixels (H, W, 3). Returns (size, size, 3) uint8."""
+    if not resample.agrees_with_pillow():
+        return coco_crop(Image.fromarray(image) if isinstance(image, np.ndarray) else image, size)
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    return resample.resample(square, [((size, size), resample.LANCZOS)], 0, 0, size)
+
+
 def _no_crop(image: Image.Image, size: int) -> Pixels:
     if image.size != (size, size):
         raise ValueError(
@@ -58,7 +94,7 @@ def _no_crop(image: Image.Image, size: int) -> Pixels:
 
 CROPS: dict[str, Callable[[Image.Image, int], Pixels]] = {
     "none": _no_crop,
-    "adm": adm_crop,
+    "adm": fast_adm_crop,
     "celeba": celeba_crop,
-    "coco": coco_crop,
+    "coco": fast_coco_crop,
 }
