@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data_tools.crops import Pixels
 from data_tools.images import Address, BadImageError, Reader
 from uvit_dist import storage
 from uvit_dist.config import StorageConfig
@@ -20,6 +22,8 @@ from uvit_dist.errors import UserError
 
 CHUNK = 16
 """Images that go to a process together."""
+READINGS = 4
+"""Of an image on a server that is bad, until two agree that it is."""
 READ_AT_ONCE = 16
 """Images that a process requests from a server at once."""
 
@@ -69,7 +73,7 @@ class Decoder(Dataset[Chunk]):
                     continue
                 before = time.perf_counter()
                 try:
-                    pixels[place] = self._reader.decode(content())
+                    pixels[place] = self._pixels(content)
                 except BadImageError as error:
                     chunk.bad[request.first + place] = str(error)
                 chunk.decode_s += time.perf_counter() - before
@@ -77,6 +81,22 @@ class Decoder(Dataset[Chunk]):
             chunk.error = error
         chunk.read_s = time.perf_counter() - began - chunk.decode_s
         return chunk
+
+    def _pixels(self, content: _Content) -> Pixels:
+        """Decode an image. Raises ``BadImageError``, for one on a server where two readings of it agree."""
+        try:
+            return self._reader.decode(content.get())
+        except BadImageError as error:
+            if not content.is_remote:
+                raise
+            for _ in range(READINGS):
+                again = _Content(self._reader, content.address)
+                if again == content:
+                    raise error from None
+                content = again
+                with contextlib.suppress(BadImageError):
+                    return self._reader.decode(content.get())
+            raise
 
     def _contents(self, addresses: Sequence[Address | None]) -> Iterator[_Content | None]:
         if not any(address is not None and storage.is_remote(address.path) for address in addresses):
@@ -91,13 +111,20 @@ class _Content:
     """An image's bytes, read now; why they could not be is told when they are asked for."""
 
     def __init__(self, reader: Reader, address: Address) -> None:
+        self.address, self.is_remote = address, storage.is_remote(address.path)
         self._bytes, self._error = b"", ""
         try:
             self._bytes = reader.read(address)
         except BadImageError as error:
             self._error = str(error)
 
-    def __call__(self) -> bytes:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and (self._bytes, self._error) == (other._bytes, other._error)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def get(self) -> bytes:
+        """Raises ``BadImageError`` where there are none."""
         if self._error:
             raise BadImageError(self._error)
         return self._bytes

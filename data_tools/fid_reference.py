@@ -84,6 +84,19 @@ def make_reference(config: Config) -> dict[str, Any]:
     }
 
 
+def write_reference(config: Config) -> str:
+    """Make and write evaluate.reference; a line about it. Raises ``UserError`` of the right kind."""
+    reference = make_reference(config)
+    out = io.BytesIO()
+    np.savez(out, **reference)
+    storage.write_bytes(config.evaluate.reference, out.getvalue())
+    made = json.loads(str(reference["provenance"]))
+    return (
+        f"{config.evaluate.reference}: {made['images']} images in {made['features']}, "
+        f"halves {float(reference['frechet_distance_halves']):.4f} apart"
+    )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,15 +106,7 @@ def main() -> None:
     with explained_exit():
         config = load_config(args.config, args.overrides)
         storage.configure(config.storage)
-        reference = make_reference(config)
-        out = io.BytesIO()
-        np.savez(out, **reference)
-        storage.write_bytes(config.evaluate.reference, out.getvalue())
-    made = json.loads(str(reference["provenance"]))
-    print(
-        f"{config.evaluate.reference}: {made['images']} images in {made['features']}, "
-        f"halves {float(reference['frechet_distance_halves']):.4f} apart"
-    )
+        print(write_reference(config))
 
 
 if __name__ == "__main__":

@@ -160,7 +160,6 @@ class Pipeline:
             return index
         finally:
             self._bar.close()
-            self.job.close()
 
     def _pass(self) -> None:
         """Do all units that can be claimed now."""

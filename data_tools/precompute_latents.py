@@ -26,16 +26,19 @@ from data_tools.images import ImageSource, source_fingerprint
 from data_tools.pipeline import Finish
 from data_tools.shard_job import all_as_stored, command_line, make_from_images, open_images, require_tool, this_device
 from data_tools.units import Unit
+from uvit_dist import storage
 from uvit_dist.config import Config, PrecomputeConfig
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance, pixels_to_x0
-from uvit_dist.data.shards import ShardRecord
-from uvit_dist.errors import ConfigError, DataError
+from uvit_dist.data.shards import ShardIndex, ShardRecord
+from uvit_dist.errors import ConfigError, DataError, MissingInputError
 
 if TYPE_CHECKING:
     from uvit_dist.models.autoencoder import Autoencoder
 
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("data_tools.precompute_latents")  # its own name is __main__ as a command
+SHEET = "contact_sheet.png"
+"""Beside the index: some images, and what the decoder makes of their latents."""
 
 
 class MomentsMaker:
@@ -195,6 +198,29 @@ def tell_difference(maker: MomentsMaker, source: ImageSource, config: Config) ->
         )  # fmt: skip
 
 
+def contact_sheet_of(
+    config: Config, source: ImageSource, device: torch.device, index: ShardIndex
+) -> list[tuple[str, str, Callable[[], None]]]:
+    """What one worker does after all: the picture that shows whether the right autoencoder was used."""
+    path, count = storage.join(storage.parent(index.path), SHEET), config.precompute.contact_sheet
+
+    def make() -> None:
+        from data_tools.contact_sheet import make_contact_sheet  # networks, which only this needs
+        from uvit_dist.pretrained import load_decoder
+
+        try:
+            decoder = load_decoder(config)
+        except MissingInputError as error:
+            log.warning("no %s: %s", path, error)
+            return
+        assert decoder is not None
+        found = make_contact_sheet(config, index, source, decoder, device, count)
+        log.info("%s: %d images and what their latents decode to, %.1f dB in the mean, %.1f at least: look whether "
+                 "they are alike", path, len(found), sum(found) / len(found), min(found))  # fmt: skip
+
+    return [("contact_sheet", path, make)] if count else []
+
+
 def precompute(config: Config, device: torch.device) -> list[ShardRecord]:
     """Do a share of the work until all is done, then see to the index. Raises ``UserError`` of the right kind."""
     require_tool(config, "precompute_latents")
@@ -203,7 +229,8 @@ def precompute(config: Config, device: torch.device) -> list[ShardRecord]:
     provenance = moments_provenance(config, source, autoencoder)
     maker = MomentsMaker(source, autoencoder, config, device)
     tell_difference(maker, source, config)
-    return make_from_images(config, source, provenance, encoder_settings(config.precompute), maker)
+    sheet = partial(contact_sheet_of, config, source, device)
+    return make_from_images(config, source, provenance, encoder_settings(config.precompute), maker, sheet)
 
 
 def make(config: Config) -> list[ShardRecord]:

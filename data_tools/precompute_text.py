@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from data_tools.images import ImageSource
 from data_tools.pipeline import Finish
 from data_tools.precompute_latents import (
     MomentsMaker,
+    contact_sheet_of,
     encoder_settings,
     moments_provenance,
     open_encoder,
@@ -123,7 +125,8 @@ def precompute(config: Config, device: torch.device) -> list[ShardRecord]:
     provenance = moments_provenance(config, source, autoencoder, text)
     maker = TextMaker(source, autoencoder, encoder, config, device)
     tell_difference(maker, source, config)
-    return make_from_images(config, source, provenance, encoder_settings(config.precompute), maker)
+    sheet = partial(contact_sheet_of, config, source, device)
+    return make_from_images(config, source, provenance, encoder_settings(config.precompute), maker, sheet)
 
 
 def make(config: Config) -> list[ShardRecord]:

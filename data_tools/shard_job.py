@@ -26,7 +26,7 @@ from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.data.latents import Provenance, Sample
-from uvit_dist.data.shards import ShardRecord, write_shard
+from uvit_dist.data.shards import ShardIndex, ShardRecord, write_shard
 from uvit_dist.errors import ConfigError, DataError, explained_exit
 from uvit_dist.metrics import AroundProgress
 
@@ -38,24 +38,53 @@ MakeSamples = Callable[[list[Item]], Iterable[Sample]]
 
 
 def make_from_images(
-    config: Config, source: ImageSource, provenance: Provenance, made_with: dict[str, Any], maker: Maker
+    config: Config,
+    source: ImageSource,
+    provenance: Provenance,
+    made_with: dict[str, Any],
+    maker: Maker,
+    afterwards: Callable[[ShardIndex], Iterable[tuple[str, str, Callable[[], None]]]] = lambda index: (),
 ) -> list[ShardRecord]:
     """Do a share of the shards of a source of images until all are done, then see to the index.
 
-    made_with: settings that the bytes depend on. Raises ``ConfigError``, before anything is made, where the network
+    made_with: settings that the bytes depend on; afterwards: (name, path, action) of what one worker makes then, as in
+    ``ShardJob.once``. Raises ``ConfigError``, before anything is made, where the network
     could not be trained on it; ``DataError`` for too many bad images; ``OutputError``, and what the maker raises.
     """
     job = ShardJob(config, source.keys, provenance, made_with, source.unusable)
-    pipeline = Pipeline(job, source, maker, config, cheap=config.data.format in CHEAP)
-    index = pipeline.run()
-    figures = pipeline.times.summary()
+    try:
+        pipeline = Pipeline(job, source, maker, config, cheap=config.data.format in CHEAP)
+        index = pipeline.run()
+        _tell(pipeline.times.summary())
+        for name, path, action in [*afterwards(index), *_reference(config)]:
+            job.once(name, path, action)
+    finally:
+        job.close()
+    return list(index.shards)
+
+
+def _reference(config: Config) -> list[tuple[str, str, Callable[[], None]]]:
+    """The statistics that samples are scored against, where the configuration asks for them and they are not there."""
+    path = config.evaluate.reference
+    if not config.precompute.reference or storage.exists(path):
+        return []
+
+    def make() -> None:
+        from data_tools.fid_reference import write_reference  # networks, which only this needs
+
+        log.info(write_reference(config))
+
+    return [("reference", path, make)]
+
+
+def _tell(figures: dict[str, Any]) -> None:
+    """Log what this worker did, and what it waited for."""
     if figures["images"]:
         waiting = ", ".join(f"{what} {share:.0%}" for what, share in figures["waiting"].items())
         log.info(
             "%d images in %.1f s, %.1f images/s; time spent waiting for: %s; bottleneck: %s",
             *(figures[name] for name in ("images", "seconds", "images_per_s")), waiting, figures["bottleneck"],
         )  # fmt: skip
-    return list(index.shards)
 
 
 def make_shards(

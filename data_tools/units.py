@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -95,8 +95,8 @@ class State:
     def of(names: Iterable[str]) -> State:
         """From the names of the files in the work directory."""
         marks = [name.rpartition(".done-") for name in names]
-        done = {unit: int(bad) for unit, dot, bad in marks if dot and bad.isdigit()}
-        return State(frozenset(done) - {MERGE}, sum(done.values()), frozenset(names))
+        done = {unit: int(bad) for unit, dot, bad in marks if dot and bad.isdigit() and unit.startswith("unit-")}
+        return State(frozenset(done), sum(done.values()), frozenset(names))
 
 
 class ShardJob:
@@ -275,6 +275,18 @@ class ShardJob:
             log.warning("%s: %d unit(s) are not whole any more and are made again", self.directory, len(lost))
             return []
         return [sidecar for kind in zip(*found, strict=True) for sidecar in kind if sidecar is not None]
+
+    def once(self, name: str, path: str, action: Callable[[], None]) -> None:
+        """Have one worker, after all units, make the file at ``path`` by ``action``, where it is not made yet."""
+        mark, state = f"{name}.done-0", self.state()
+        if mark in state.names and storage.exists(path):
+            return
+        if self.leases.claim(name, state.names):
+            try:
+                action()
+                storage.create(storage.join(self.work, mark), b"{}")
+            finally:
+                self.leases.release(name)
 
     def close(self) -> None:
         """Give back what this worker holds."""

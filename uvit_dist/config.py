@@ -166,6 +166,9 @@ class PrecomputeConfig(Section):
     lease_s: float = Field(
         60.0, gt=0, description="seconds of silence after which another worker takes over a worker's unit of work"
     )
+    reference: bool = Field(
+        False, description="also make evaluate.reference of the same images, where there is none yet"
+    )
     contact_sheet: int = Field(16, ge=0, description="images shown in contact_sheet.png, decoded and original; 0: none")
 
 
