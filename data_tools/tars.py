@@ -103,7 +103,7 @@ class Window:
         held = self._at + len(self._data)
         if not self._at <= offset <= offset + size <= held:
             remote = self._file < 0
-            length = min(max(size, FAR if remote and held <= offset < held + FAR else NEAR), self.end - offset)
+            length = min(max(size, FAR if remote and self._at <= offset < held + FAR else NEAR), self.end - offset)
             ahead = storage.read_range(self.extent.path, offset, length) if remote else self._near(offset, length)
             self._at, self._data = offset, ahead
         return self._data[offset - self._at : offset - self._at + size]

@@ -105,9 +105,24 @@ def multi_picture():
     return saved(PHOTO, "MPO", save_all=True, append_images=[OTHER], quality=95)
 
 
-def ycck():
-    """A CMYK JPEG, as Adobe writes them."""
+def cmyk():
+    """A CMYK JPEG, as Adobe writes them: inks inverted."""
     return saved(PHOTO.convert("CMYK"), "JPEG", quality=95)
+
+
+def ycck():
+    """A YCCK JPEG: the inks but black stored as YCbCr, which Adobe's marker says. Pillow writes none."""
+    cyan, magenta, yellow, black = PHOTO.convert("CMYK").split()
+    turned = Image.merge("RGB", (cyan, magenta, yellow)).convert("YCbCr").split()
+    stored = Image.merge("CMYK", (*(plane.point(lambda v: 255 - v) for plane in turned), black))
+    content = saved(stored, "JPEG", quality=95)
+    transform = content.index(b"Adobe") + 11
+    assert content[transform] == 0
+    return broken(content, transform, b"\2")
+
+
+def turned_tiff():
+    return saved(PHOTO, "TIFF", tiffinfo={ExifTags.Base.Orientation: 6})
 
 
 def big_tiff(dtype):
@@ -168,7 +183,8 @@ CASES = [
     Case("a JPEG", JPEG, DECODED_JPEG),
     Case("a progressive JPEG", saved(PHOTO, "JPEG", quality=95, subsampling=0, progressive=True), DECODED_JPEG),
     Case("a grey JPEG", saved(PHOTO.convert("L"), "JPEG", quality=95), three(GREY), near=1.5),
-    Case("a CMYK JPEG", ycck(), RGB, near=3),
+    Case("a CMYK JPEG", cmyk(), RGB, near=3),
+    Case("a YCCK JPEG", ycck(), RGB, near=3),
     Case("a CMYK TIFF", saved(PHOTO.convert("CMYK"), "TIFF"), RGB),
     Case("grey", saved(PHOTO.convert("L"), "PNG"), three(GREY)),
     Case("grey and alpha: alpha is dropped", saved(Image.merge("LA", (PHOTO.convert("L"), ALPHA)), "PNG"), three(GREY)),
@@ -201,6 +217,7 @@ CASES = [
     Case("a palette of 16 in a BMP", saved(PHOTO.quantize(16), "BMP"), np.asarray(PHOTO.quantize(16).convert("RGB"))),
     # EXIF
     Case("EXIF orientation, ignored", saved(PHOTO, "PNG", exif=exif(6)), RGB),
+    Case("a TIFF's own orientation, applied", turned_tiff(), np.rot90(RGB, -1)),
     Case("EXIF of nonsense", saved(PHOTO, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), RGB),
     Case("rubbish after the end", PNG + b"rubbish" * 100, RGB),
 ]

@@ -61,6 +61,12 @@ def test_folders_whose_labels_would_be_in_doubt_are_refused(tmp_path):
         open_source(data_config(source=tmp_path))
 
 
+@pytest.mark.parametrize("format", ["celeba", "cifar10", "digits"])
+def test_formats_that_are_read_from_local_folders_alone_say_so(format):
+    with pytest.raises(ConfigError, match=rf"data\.source s3://b/p: data\.format {format} is read from local folders"):
+        open_source(data_config(format=format, source="s3://b/p"))
+
+
 def test_images_that_cannot_be_used_are_named(tmp_path):
     save_image(tmp_path / "n01" / "pic.0.png", 70, 40)
     with pytest.raises(DataError, match=r"pic\.0\.png: .*70x40 pixels, data\.image_size is 32 .*; set data\.crop: adm"):

@@ -359,6 +359,29 @@ def test_damaged_tars_are_named_with_the_byte(tmp_path):
         open_source(config(tmp_path, "imagenet_tars"))
 
 
+@pytest.mark.parametrize(("size", "streamed"), [(3000, True), (40_000, False)])
+def test_behind_urls_what_is_near_is_streamed_and_what_is_far_is_skipped(tmp_path, monkeypatch, size, streamed):
+    file = tmp_path / "a.tar"
+    file.write_bytes(tar_of({f"{n}.jpg": bytes(size) for n in range(20)}))
+    extent, asked = Extent(str(file), 0, file.stat().st_size, "a.tar"), []
+    with Window(extent) as window:
+        expected = list(walk(window))
+
+    def read_range(path, offset, length):
+        asked.append(length)
+        with open(path, "rb") as opened:
+            opened.seek(offset)
+            return opened.read(length)
+
+    monkeypatch.setattr(tars.storage, "is_remote", lambda path: True)
+    monkeypatch.setattr(tars.storage, "read_range", read_range)
+    monkeypatch.setattr(tars, "FAR", 16_384)
+    with Window(extent) as window:
+        assert list(walk(window)) == expected
+    assert len(expected) == 20
+    assert (len(asked) < 10, sum(asked) > 20 * size) == (streamed, streamed)
+
+
 def test_headers_alone_are_read(tmp_path, monkeypatch):
     (tmp_path / f"{WNIDS[0]}.tar").write_bytes(tar_of({f"{n}.jpg": bytes(300_000) for n in range(20)}))
     read, pread = [], os.pread
