@@ -3,13 +3,14 @@
 # make unit   the tests that take seconds         make clean  remove what the demo wrote
 # make test-s3  the tests against a real S3 server, which they start
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
+# make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 demo clean bench-data bench-shuffle
+.PHONY: env check unit test test-s3 demo clean bench-data bench-precompute bench-shuffle
 
 env: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ test-s3: env
 
 bench-data: env
 	$(RUN) -m benchmarks.data --official "$(OFFICIAL)"
+
+bench-precompute: env
+	$(RUN) -m benchmarks.precompute --official "$(OFFICIAL)"
 
 bench-shuffle: env
 	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json

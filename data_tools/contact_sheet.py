@@ -100,9 +100,9 @@ def make_contact_sheet(
 
 
 def _spread(index: ShardIndex, mirror: bool, count: int) -> list[tuple[int, int]]:
-    """(shard, row) of samples evenly spread over the first shard and those that may be the first of mirror images."""
+    """(shard, row) of samples evenly spread over the first shard, and the first of mirror images."""
     last = len(index.shards) - 1
-    shards = sorted({0, min(1, last), min((last + 1) // 2, last)}) if mirror else [0]
+    shards = sorted({0, (last + 1) // 2}) if mirror else [0]
     rows = [(shard, row) for shard in shards for row in range(index.counts[shard])]
     chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     return [rows[place] for place in chosen]
