@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_tools.images import ImageSource
+from data_tools.sources import open_source
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.data.latents import encode_array
 from uvit_dist.data.shards import CONTEXT_ROW, ROW
+from uvit_dist.errors import MissingInputError
 from uvit_dist.models.autoencoder import Autoencoder
+from uvit_dist.pretrained import load_encoder
 
 PUT_DOLLARS, GET_DOLLARS, GB_MONTH_DOLLARS = 0.005 / 1000, 0.0004 / 1000, 0.023
 """Of a PUT or LIST, a GET or HEAD, and 10^9 bytes for a month: S3 Standard, us-east-1, aws.amazon.com/s3/pricing."""
@@ -25,8 +29,12 @@ LISTED = 1000
 """Keys in the answer to one LIST."""
 UPLOAD_PART = 50 << 20
 """Bytes of a part of s3fs's uploads; what is below two of them goes in one PUT."""
+UNIT_REQUESTS = 6
+"""PUTs and LISTs of a unit's lease and mark."""
 RENEWALS = 4
 """Renewals of a lease within precompute.lease_s."""
+LOOKED_AT = 2000
+"""Images whose size stands for that of all."""
 SIDECAR_BYTES, CAPTION_BYTES = 1400, 64
 """Of a shard's .json, and of a caption with its quotes: round figures."""
 TFLOPS = {"fp32": 0.5 * 67.0, "bf16": 0.4 * 989.0}
@@ -89,12 +97,44 @@ class Estimate:
         if self.image_flop is not None and self.gpu_hours is not None:
             rate = "an assumption; give yours with --tflops" if self.assumed_rate else "as given"
             lines += [
-                f"encoder   {self.image_flop / 1e12:,.3f} TFLOP a pass, {self.passes} for each image: "
-                f"{self.image_flop * self.passes * self.images / 1e18:,.3f} EFLOP",
+                f"encoder   {self.image_flop / 1e9:,.1f} GFLOP a pass, {self.passes} for each image: "
+                f"{self.image_flop * self.passes * self.images / 1e15:,.2f} PFLOP",
                 f"GPU time  {self.gpu_hours:,.1f} h at {self.tflops:,.1f} TFLOP/s ({rate}): "
                 f"${self.gpu_hours * self.gpu_dollars:,.2f} at ${self.gpu_dollars:,.2f} an hour",
             ]
         return lines
+
+
+def dry_run(config: Config, tflops: float | None, gpu_dollars: float) -> str:
+    """What --dry-run prints: the estimate for the images that are there now. Nothing is written.
+
+    Raises as ``open_source`` does.
+    """
+    source = open_source(config.data, config.precompute.exif_rotation)
+    captions = None if source.captions is None else sum(map(len, source.captions))
+    autoencoder, notes = None, []
+    if config.autoencoder is not None:
+        try:
+            autoencoder = load_encoder(config.autoencoder)
+        except MissingInputError as error:
+            notes.append(f"encoder   not at hand, so its time is not known: {error}")
+    if source.unusable:
+        notes.append(f"bad       {len(source.unusable):,} images, by the listing alone")
+    found = estimate(config, len(source.keys), captions, _input_bytes(source), autoencoder, tflops, gpu_dollars)
+    return "\n".join([*found.describe(), *notes])
+
+
+def _input_bytes(source: ImageSource) -> int | None:
+    """Bytes of all images, of local files by the mean of some; none for images that come with a package."""
+    count = len(source.keys)
+    some = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist()
+    sizes = []
+    for address in map(source.address, some):
+        try:
+            sizes.append(storage.size(address.path) if address.size is None else address.size)
+        except MissingInputError:
+            return None
+    return round(sum(sizes) / len(sizes) * count) if sizes else None
 
 
 def estimate(
@@ -128,7 +168,7 @@ def estimate(
         per_shard = tars / max(1, len(units) * passes)
         uploads = len(units) * passes * (_puts(math.ceil(per_shard)) + names - 1)
         listings = -(-len(units) * passes * names // LISTED)
-        outgoing = Requests(len(units) * passes * names, uploads + listings + len(units) + renewals + 1)
+        outgoing = Requests(len(units) * passes * names, uploads + listings + UNIT_REQUESTS * len(units) + renewals + 1)
     return Estimate(
         images, captions, images * passes, len(units) * passes, tars, tables, SIDECAR_BYTES * len(units) * passes,
         input_bytes, incoming, outgoing, flop, passes, rate if flop is not None else None, hours, gpu_dollars,

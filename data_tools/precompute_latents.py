@@ -26,6 +26,7 @@ from data_tools.images import ImageSource, source_fingerprint
 from data_tools.pipeline import Finish
 from data_tools.shard_job import all_as_stored, command_line, make_from_images, open_images, require_tool, this_device
 from data_tools.units import Unit
+from data_tools.x0 import HostImages
 from uvit_dist import storage
 from uvit_dist.config import Config, PrecomputeConfig
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance, pixels_to_x0
@@ -51,7 +52,7 @@ class MomentsMaker:
         self.batch_size = config.precompute.batch_size
         self._source, self._dtype, self._device = source, config.data.moments_dtype, device
         self._autoencoder, self._section = autoencoder, config.precompute
-        self._encode = self._with_options()
+        self._encode, self._host = self._with_options(), HostImages()
 
     def _with_options(self) -> Callable[[Tensor], Tensor]:
         """What turns x0 (B, 3, H, W) into moments (B, 2C, h, w), with the options of the configuration."""
@@ -73,7 +74,7 @@ class MomentsMaker:
 
         pixels: (n, H, W, 3) uint8. Returns root mean square and largest difference, and that of storage in float16.
         """
-        x0 = self._x0(self._padded(pixels))
+        x0 = self._x0(self._padded(pixels), mirrored=False)
         exact, found = (encode(x0).chunk(2, dim=1)[0] * scale_factor for encode in (
             self._autoencoder.encode_moments, self._encode))  # fmt: skip
         off, stored = found - exact, exact.half().float() - exact
@@ -84,12 +85,12 @@ class MomentsMaker:
         missing = self.batch_size - len(pixels)
         return pixels if not missing else torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
 
-    def _x0(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 as images (B, 3, H, W) in [-1, 1] on the device."""
-        if self._device.type == "cuda":
-            pixels = pixels.pin_memory()
-        stacked = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        return pixels_to_x0(stacked, torch.zeros(len(stacked), dtype=torch.bool, device=self._device))
+    def _x0(self, pixels: Tensor, mirrored: bool) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 as images (B, 3, H, W) in [-1, 1], contiguous, on the device."""
+        if self._device.type == "cpu":
+            return self._host.x0(pixels, mirrored)
+        stacked = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
+        return pixels_to_x0(stacked, torch.full((len(stacked),), mirrored, device=self._device))
 
     @torch.inference_mode()
     def start(self, unit: Unit, places: range, pixels: Tensor) -> Finish:
@@ -98,8 +99,10 @@ class MomentsMaker:
         It raises ``DataError`` for moments that do not fit that type.
         """
         count = len(pixels)
-        x0 = self._x0(self._padded(pixels))
-        on_device = [self._encode(x0.flip(-1) if shard.mirrored else x0) for shard in unit.shards]
+        pixels = self._padded(pixels)
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory()
+        on_device = [self._encode(self._x0(pixels, shard.mirrored)) for shard in unit.shards]
         moments = [_on_its_way(part) for part in on_device]
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:
@@ -240,7 +243,7 @@ def make(config: Config) -> list[ShardRecord]:
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: make(config))
+    command_line(__doc__, lambda config, args: make(config), from_images=True)
 
 
 if __name__ == "__main__":

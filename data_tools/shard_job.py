@@ -173,24 +173,28 @@ def command_line(
     description: str | None,
     make: Callable[[Config, argparse.Namespace], list[ShardRecord]],
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-    dry_run: Callable[[Config, argparse.Namespace], str] | None = None,
+    from_images: bool = False,
 ) -> None:
     """Parse --config and overrides, make the shards, say what they are. Ends with the exit code of a user's mistake.
 
-    dry_run: what --dry-run prints instead.
+    from_images: whether --dry-run can tell what it will take.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    if dry_run is not None:
+    if from_images:
         parser.add_argument("--dry-run", action="store_true", help="say what it will take, and make nothing")
+        parser.add_argument("--tflops", type=float, help="with --dry-run: rate of the encoder on a GPU, 10^12 FLOP/s")
+        parser.add_argument("--gpu-dollars", type=float, default=3.0, help="with it: of a GPU hour (%(default)s)")
     add_arguments(parser)
     args = parser.parse_intermixed_args()
     with explained_exit(), interrupted_by(signal.SIGTERM):
         config = load_config(args.config, args.overrides)
         storage.configure(config.storage)
-        if dry_run is not None and args.dry_run:
-            print(dry_run(config, args))
+        if from_images and args.dry_run:
+            from data_tools.estimate import dry_run  # networks, which only this needs
+
+            print(dry_run(config, args.tflops, args.gpu_dollars))
             return
         show_log()
         records = make(config, args)

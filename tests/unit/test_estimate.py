@@ -7,7 +7,16 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from data_tools.digits import digits_images
-from data_tools.estimate import GET_DOLLARS, PUT_DOLLARS, TFLOPS, UPLOAD_PART, Requests, encoder_flop, estimate
+from data_tools.estimate import (
+    GET_DOLLARS,
+    PUT_DOLLARS,
+    TFLOPS,
+    UNIT_REQUESTS,
+    UPLOAD_PART,
+    Requests,
+    encoder_flop,
+    estimate,
+)
 from data_tools.precompute_latents import open_encoder
 from tests.tiny import tiny_config
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance
@@ -71,14 +80,16 @@ def test_requests_of_s3_and_their_price(tmp_path):
     assert found.input_requests == Requests(10_000, 10)
     assert found.tar_bytes / 6 < 2 * UPLOAD_PART
     files_made = 6 * 3
-    assert found.output_requests == Requests(files_made, files_made + 1 + 3 + 1), "files, listing, leases, index"
+    assert found.output_requests == Requests(files_made, files_made + 1 + 3 * UNIT_REQUESTS + 1), (
+        "files, listing, units, index"
+    )
     assert found.input_requests.dollars == pytest.approx(10_000 * GET_DOLLARS + 10 * PUT_DOLLARS)
     large = config_of(tmp_path, "data.index=s3://bucket/latents/index.json", "data.samples_per_shard=200000",
                       "data.mirror=false")  # fmt: skip
     found = estimate(large, 200_000, None, None, None, None, 3.0)
     parts = -(-found.tar_bytes // UPLOAD_PART)
     assert parts > 2
-    assert found.output_requests.puts == 2 + parts + 2 + 1 + 1 + 1
+    assert found.output_requests.puts == 2 + parts + 2 + 1 + UNIT_REQUESTS + 1
 
 
 class Stack(nn.Module):
