@@ -4,13 +4,14 @@
 # make test-s3  the tests against a real S3 server, which they start
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
+# make soak  for hours: more seeds of the tests that kill at random
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 demo clean bench-data bench-precompute bench-shuffle
+.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-shuffle
 
 env: $(VENV)/.installed
 
@@ -35,6 +36,9 @@ test: check
 
 test-s3: env
 	$(RUN) -m pytest -m s3
+
+soak: env
+	UVIT_DIST_SOAK=50 $(RUN) -m pytest tests/integration/test_precompute.py -k killed_at_random
 
 bench-data: env
 	$(RUN) -m benchmarks.data --official "$(OFFICIAL)"
