@@ -284,7 +284,36 @@ class CheckpointConfig(Section):
 
     every: int = Field(gt=0, description="steps between checkpoints")
     keep: int = Field(2, ge=2, description="newest checkpoints kept; at least two")
+    keep_every: int | None = Field(
+        None, gt=0, description="checkpoints of multiples of so many steps are kept for ever"
+    )
+    keep_best: int = Field(0, ge=0, description="checkpoints of the lowest validation losses kept; 0: none for that")
     verify: Literal["size", "hash"] = Field("hash", description="what is checked of a checkpoint before it is loaded")
+    background: bool = Field(True, description="write beside the training steps, which wait for a copy in memory alone")
+    most_failures: int = Field(
+        3,
+        ge=0,
+        description="saves in a row that may fail, for want of space say, before the run ends; 0: the first does",
+    )
+    copy_to: str | None = Field(
+        None, description="URL or folder that each checkpoint is copied to, and resumed from where run_dir has none"
+    )
+
+
+class GuardConfig(Section):
+    """What becomes of steps whose loss or gradient is not finite, and of losses that leap."""
+
+    skip_nonfinite: int = Field(
+        0, ge=0, description="steps in a row that may be skipped for a loss or gradient that is not finite; then, and "
+        "with 0 at once, the run rolls back, or ends"
+    )  # fmt: skip
+    spike: float | None = Field(
+        None, gt=0, description="a loss so many standard deviations above the mean of the last losses; none: any passes"
+    )
+    window: int = Field(100, gt=1, description="losses that the mean and deviation are taken of; fewer do not tell")
+    rollbacks: int = Field(
+        0, ge=0, description="times that a run may go back to the last checkpoint and pass over the data from there on"
+    )
 
 
 class SampleConfig(Section):
@@ -363,6 +392,7 @@ class Config(Section):
     train: TrainConfig
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig
+    guard: GuardConfig = GuardConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig
     launch: LaunchConfig
