@@ -6,6 +6,7 @@ import io
 import math
 import tarfile
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from uvit_dist.config import Config
 from uvit_dist.data.latents import MIRROR_SUFFIX
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.errors import DataError
-from uvit_dist.models.autoencoder import Autoencoder
 from uvit_dist.models.features import to_uint8
 from uvit_dist.models.frozen import true_fp32
+
+if TYPE_CHECKING:
+    from uvit_dist.models.autoencoder import Autoencoder
 
 NAME = "contact_sheet.png"
 WIDEST = 2000

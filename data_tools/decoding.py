@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data_tools import resample
 from data_tools.crops import Pixels
 from data_tools.images import Address, BadImageError, Reader
 from uvit_dist import storage
@@ -22,6 +24,8 @@ from uvit_dist.errors import UserError
 
 CHUNK = 16
 """Images that go to a process together."""
+PRELOADED = ["data_tools.decoding", "data_tools.decode"]
+"""Imported once, by the server that decoding processes are forked from."""
 READINGS = 4
 """Of an image on a server that is bad, until two agree that it is."""
 READ_AT_ONCE = 16
@@ -146,6 +150,9 @@ def decoded(
 
     Raises what ``Reader.read`` raises but for bad images: ``UnavailableError``, ``MissingInputError``.
     """
+    if processes:
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        resample.kernel()  # compiled once, before each of them would
     loader = DataLoader(
         Decoder(reader, size),
         batch_sampler=_Each(requests),

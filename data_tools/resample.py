@@ -154,7 +154,7 @@ def kernel() -> ctypes.CDLL | None:
 
 def _compiled() -> Path:
     """The library for this source and kind of machine, compiled where it is not kept yet."""
-    folder = Path(os.environ.get("UVIT_DIST_CACHE") or Path.home() / ".cache" / "uvit_dist")
+    folder = Path(os.environ.get("UVIT_DIST_CACHE") or os.path.expanduser("~/.cache/uvit_dist"))
     source = SOURCE.read_bytes() + " ".join((platform.machine(), *platform.libc_ver())).encode()
     kept = folder / f"resample-{hashlib.sha256(source).hexdigest()[:16]}.so"
     if not kept.exists():

@@ -45,8 +45,8 @@ def _space_rules(sections: Mapping[str, Any]) -> list[Rule]:
             "text: missing; model.clip_dim needs it" if model.clip_dim else "text: needs model.clip_dim",
         ),
         (
-            model.clip_dim is None or data.format == "coco",
-            f"data.format {data.format} has no captions; model.clip_dim needs those of data.format coco",
+            model.clip_dim is None or data.format in ("coco", "webdataset"),
+            f"data.format {data.format} has no captions; model.clip_dim needs those of data.format coco or webdataset",
         ),
     ]
 
