@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tarfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +19,9 @@ from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.data.latents import encode_array
 from uvit_dist.data.shards import CONTEXT_ROW, ROW
-<<<<<<< HEAD
 from uvit_dist.errors import MissingInputError
 from uvit_dist.models.autoencoder import Autoencoder
 from uvit_dist.pretrained import load_encoder
-=======
-
-if TYPE_CHECKING:
-    from uvit_dist.models.autoencoder import Autoencoder
->>>>>>> helper-b
 
 PUT_DOLLARS, GET_DOLLARS, GB_MONTH_DOLLARS = 0.005 / 1000, 0.0004 / 1000, 0.023
 """Of a PUT or LIST, a GET or HEAD, and 10^9 bytes for a month: S3 Standard, us-east-1, aws.amazon.com/s3/pricing."""
@@ -39,13 +33,8 @@ UNIT_REQUESTS = 6
 """PUTs and LISTs of a unit's lease and mark."""
 RENEWALS = 4
 """Renewals of a lease within precompute.lease_s."""
-<<<<<<< HEAD
 LOOKED_AT = 2000
 """Images whose size stands for that of all."""
-=======
-UNIT_PUTS = 3
-"""For each unit of work: a listing, its lease, the mark that it is done."""
->>>>>>> helper-b
 SIDECAR_BYTES, CAPTION_BYTES = 1400, 64
 """Of a shard's .json, and of a caption with its quotes: round figures."""
 TFLOPS = {"fp32": 0.5 * 67.0, "bf16": 0.4 * 989.0}
@@ -179,11 +168,7 @@ def estimate(
         per_shard = tars / max(1, len(units) * passes)
         uploads = len(units) * passes * (_puts(math.ceil(per_shard)) + names - 1)
         listings = -(-len(units) * passes * names // LISTED)
-<<<<<<< HEAD
         outgoing = Requests(len(units) * passes * names, uploads + listings + UNIT_REQUESTS * len(units) + renewals + 1)
-=======
-        outgoing = Requests(len(units) * passes * names, uploads + listings + UNIT_PUTS * len(units) + renewals + 1)
->>>>>>> helper-b
     return Estimate(
         images, captions, images * passes, len(units) * passes, tars, tables, SIDECAR_BYTES * len(units) * passes,
         input_bytes, incoming, outgoing, flop, passes, rate if flop is not None else None, hours, gpu_dollars,

@@ -80,24 +80,16 @@ def test_requests_of_s3_and_their_price(tmp_path):
     assert found.input_requests == Requests(10_000, 10)
     assert found.tar_bytes / 6 < 2 * UPLOAD_PART
     files_made = 6 * 3
-<<<<<<< HEAD
     assert found.output_requests == Requests(files_made, files_made + 1 + 3 * UNIT_REQUESTS + 1), (
         "files, listing, units, index"
     )
-=======
-    assert found.output_requests == Requests(files_made, files_made + 1 + 9 + 1), "files, listing, units, index"
->>>>>>> helper-b
     assert found.input_requests.dollars == pytest.approx(10_000 * GET_DOLLARS + 10 * PUT_DOLLARS)
     large = config_of(tmp_path, "data.index=s3://bucket/latents/index.json", "data.samples_per_shard=200000",
                       "data.mirror=false")  # fmt: skip
     found = estimate(large, 200_000, None, None, None, None, 3.0)
     parts = -(-found.tar_bytes // UPLOAD_PART)
     assert parts > 2
-<<<<<<< HEAD
     assert found.output_requests.puts == 2 + parts + 2 + 1 + UNIT_REQUESTS + 1
-=======
-    assert found.output_requests.puts == 2 + parts + 2 + 1 + 3 + 1
->>>>>>> helper-b
 
 
 class Stack(nn.Module):
