@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -189,7 +190,7 @@ class Pipeline:
             if end % self._maker.batch_size and end < len(work.unit.images):
                 continue
             places = range(work.chunks[0].first, end)
-            pixels = torch.cat([part.pixels for part in work.chunks])
+            pixels = torch.from_numpy(np.concatenate([part.pixels.numpy() for part in work.chunks]))
             work.chunks = []
             finish = self._timed("waited_encoder", partial(self._maker.start, work.unit, places, pixels))
             pending.append((work, places, finish))

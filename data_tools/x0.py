@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,7 +27,19 @@ class HostImages:
         out = self._memory.get(mirrored)
         if out is None or out.shape != (count, 3, height, width):
             out = self._memory[mirrored] = torch.empty(count, 3, height, width)
-        for part, into in zip(pixels.split(AT_ONCE), out.split(AT_ONCE), strict=True):
-            planes = part.permute(0, 3, 1, 2).contiguous()
-            into.copy_(planes.flip(-1) if mirrored else planes).div_(127.5).sub_(1.0)
+        with _one_thread():
+            for part, into in zip(pixels.split(AT_ONCE), out.split(AT_ONCE), strict=True):
+                planes = part.permute(0, 3, 1, 2).contiguous()
+                into.copy_(planes.flip(-1) if mirrored else planes).div_(127.5).sub_(1.0)
         return out
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small operations are not shared among threads: with decoding processes on all cores these wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
