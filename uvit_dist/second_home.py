@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -112,74 +111,6 @@ def retain(home: str, names_to_keep: Collection[str]) -> None:
         if not storage.is_remote(home):
             storage.remove_tree(where)
         log.info("%s: deleted", where)
-
-
-class Copier:
-    """Copies checkpoints to their second home in a thread of its own. What goes wrong is logged, never raised.
-
-    last_error: of the last copy that failed, until one succeeds. choose: from the names committed at home, newest
-    first, those to keep; asked after each copy; none: all.
-    """
-
-    def __init__(self, home: str, choose: Callable[[list[str]], Collection[str]] | None = None) -> None:
-        self.home, self.last_error = home, None  # type: str, Exception | None
-        self._choose = choose
-        self._waiting: Path | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="second-home", daemon=True)
-        self._thread.start()
-
-    def submit(self, directory: Path) -> None:
-        """Have a committed checkpoint copied when the copy under way is done, in place of one that waits still."""
-        with self._changed:
-            if self._closed:
-                raise ValueError("the copier is closed; submit before")
-            self._drop(f"{directory.name} is newer")
-            self._waiting = directory
-            self._changed.notify_all()
-
-    def close(self, wait: bool = True, timeout_s: float | None = None) -> bool:
-        """End the thread. Returns whether it has ended. wait: for what was submitted, for timeout_s at most.
-
-        Without, what waits is dropped, and the copy under way ends with the process; the next run's replaces it.
-        """
-        with self._changed:
-            if not wait:
-                self._drop("the run ends")
-            self._closed = True
-            self._changed.notify_all()
-        if wait:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _drop(self, why: str) -> None:
-        if self._waiting is not None:
-            log.info("%s: not copied to %s: %s", self._waiting, self.home, why)
-            self._waiting = None
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
-                directory, self._waiting = self._waiting, None
-            if directory is None:
-                return
-            self._copy(directory)
-
-    def _copy(self, directory: Path) -> None:
-        try:
-            copy_out(directory, self.home)
-            if self._choose is not None:
-                committed = names_at(self.home)
-                retain(self.home, {*self._choose(committed), directory.name})
-            self.last_error = None
-        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-            if not directory.exists():
-                log.info("%s: deleted here while it was copied to %s; dropped (%s)", directory, self.home, error)
-                return
-            self.last_error = error
-            log.error("%s: not copied to %s: %s", directory, self.home, error)
 
 
 # -- back -------------------------------------------------------------------------------------------------------------

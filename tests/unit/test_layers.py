@@ -37,6 +37,7 @@ LAYERS = {
         "engine",
         "checkpoint",
         "second_home",
+        "copier",
         "weights",
         "export_weights",
         "preemption",
