@@ -19,13 +19,12 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uvit_dist import dist, storage
 from uvit_dist.dist import Ranks
-from uvit_dist.errors import CheckpointError, MissingInputError, OutputError
+from uvit_dist.errors import CheckpointError, OutputError
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -239,25 +238,3 @@ class CheckpointReader:
             name: self.read(kind, name, 0, int(torch.Size(shape).numel())).reshape(shape)
             for name, shape in shapes.items()
         }
-
-
-def export_weights(run_dir: str, out: Path, kind: str) -> int:
-    """Write the weights of a run's newest whole checkpoint to ``out``. kind: "ema" or "master". Returns the step.
-
-    Raises ``MissingInputError`` where the run has no checkpoint.
-    """
-    path = newest_whole(run_dir)
-    if path is None:
-        raise MissingInputError(f"{run_dir}: holds no checkpoint; train first")
-    reader = CheckpointReader(path)
-    step = reader.manifest["step"]
-    model = {key: value for key, value in reader.manifest["config"]["model"].items() if key != "use_checkpoint"}
-    metadata = {
-        "model": json.dumps(model),
-        "config": json.dumps(reader.manifest["config"]),
-        "step": str(step),
-        "kind": kind,
-        **({"text_encoder": reader.manifest["text_encoder"]} if reader.manifest.get("text_encoder") else {}),
-    }
-    storage.write_bytes(str(out), to_safetensors(reader.full(kind), metadata))
-    return step

@@ -1,26 +1,34 @@
-"""Export the EMA weights of a checkpoint as safetensors with their configuration; needs no DeepSpeed.
+"""Export the weights of a checkpoint as safetensors, with their configuration, origin and hashes; needs no DeepSpeed.
 
 python -m uvit_dist.export --run-dir runs/digits_demo --out ema.safetensors
+python -m uvit_dist.export --run-dir runs/digits_demo --kind master --step 500 --out s3://bucket/raw.safetensors
+
+The metadata of the file are described in uvit_dist/export_weights.py.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from uvit_dist.checkpoint import export_weights
 from uvit_dist.errors import explained_exit
+from uvit_dist.export_weights import export_weights
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", required=True, help="directory of the run")
-    parser.add_argument("--out", required=True, type=Path, help="file to write")
-    parser.add_argument("--kind", default="ema", choices=["ema", "master"], help="which weights (default: ema)")
+    parser.add_argument("--out", required=True, help="file to write: a path or URL")
+    parser.add_argument(
+        "--kind", default="ema", choices=["ema", "master"], help="which weights: averaged (default), or raw"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest whole one)")
+    parser.add_argument(
+        "--verify", default="hash", choices=["size", "hash"], help="what is checked of it before (default: hash)"
+    )
     args = parser.parse_args()
     with explained_exit():
-        step = export_weights(args.run_dir, args.out, args.kind)
+        step = export_weights(args.run_dir, args.out, args.kind, args.step, args.verify)
     print(f"{args.out}: {args.kind} weights of step {step}")
 
 

@@ -24,6 +24,7 @@ from uvit_dist.data.shards import ShardIndex
 from uvit_dist.dist import Ranks
 from uvit_dist.engine import Engine, StepResult
 from uvit_dist.errors import DataError
+from uvit_dist.export_weights import export_weights
 from uvit_dist.loss import Example, LossByTime, Objective, Trace
 from uvit_dist.metrics import MetricsLog, Progress
 from uvit_dist.models.uvit import UViT
@@ -83,7 +84,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     report.close()
     complete = engine.step >= config.train.steps
     if complete and ranks.is_main:
-        checkpoint.export_weights(config.run_dir, Path(config.run_dir, "ema.safetensors"), "ema")
+        export_weights(config.run_dir, Path(config.run_dir, "ema.safetensors"), "ema")
     log.info("%s after step %d", "complete" if complete else "stopped, and saved,", engine.step)
     return complete
 

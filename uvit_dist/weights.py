@@ -23,11 +23,14 @@ from uvit_dist import checkpoint
 from uvit_dist.config import Config
 from uvit_dist.errors import CheckpointError, DataError, MissingInputError
 from uvit_dist.models.uvit import UViT
+from uvit_dist.safetensors_stream import bytes_of
 
 Kind = Literal["ema", "master"]
 LISTED = 8
 """Differences that an error lists before it only counts them."""
 
+XXH3 = "xxh3"
+"""Key of an exported file's metadata: the hash of each tensor's bytes."""
 FROM_OFFICIAL = "python -m uvit_dist.convert from-official"
 log = logging.getLogger(__name__)
 
@@ -96,9 +99,14 @@ def _from_checkpoint(directory: Path, kind: Kind) -> Weights:
         step=manifest["step"],
         kind=kind,
         origin=str(directory),
-        fingerprint=xxhash.xxh3_128_hexdigest(str(manifest["files"]).encode()),
+        fingerprint=fingerprint_of(manifest),
         text_encoder=manifest.get("text_encoder"),
     )
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """The hash of a checkpoint's content."""
+    return xxhash.xxh3_128_hexdigest(str(manifest["files"]).encode())
 
 
 def _from_file(path: Path, kind: Kind) -> Weights:
@@ -107,6 +115,7 @@ def _from_file(path: Path, kind: Kind) -> Weights:
             told = file.metadata() or {}
             # copied: the tensors of safe_open lie in the mapped file, which somebody may replace
             tensors = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
+        hashes = json.loads(told.get(XXH3, "{}"))
         weights = Weights(
             tensors=tensors,
             config=json.loads(told["config"]),
@@ -122,6 +131,14 @@ def _from_file(path: Path, kind: Kind) -> Weights:
         if _is_pickled(path):
             remedy = f"if it is of the official code, convert it first: {FROM_OFFICIAL}"
         raise DataError(f"{path}: no weights exported by uvit_dist ({error}); {remedy}") from None
+    damaged = [
+        key
+        for key, expected in hashes.items()
+        if key in tensors and xxhash.xxh3_128_hexdigest(bytes_of(tensors[key])) != expected
+    ]
+    if damaged or (hashes and hashes.keys() != tensors.keys()):
+        what = f"{damaged[0]} differs from its hash" if damaged else "its tensors are not those that were exported"
+        raise DataError(f"{path}: damaged: {what}; export or copy it again")
     if weights.kind != kind:
         raise DataError(
             f"{path}: holds {weights.kind!r} weights, {kind!r} are asked for; ask for these, or export those"
@@ -134,7 +151,7 @@ def _hash_content(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str
     hasher = xxhash.xxh3_128(str(sorted(told.items())).encode())
     for key in sorted(tensors):
         hasher.update(f"{key} {tuple(tensors[key].shape)}".encode())
-        hasher.update(tensors[key].contiguous().numpy().tobytes())
+        hasher.update(bytes_of(tensors[key]))
     return hasher.hexdigest()
 
 

@@ -8,6 +8,7 @@ import torch
 from uvit_dist import checkpoint, dist, storage
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, MissingInputError, OutputError
+from uvit_dist.export_weights import export_weights
 from uvit_dist.models.uvit import UViT
 
 ALONE = Ranks()
@@ -162,12 +163,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch,
 
 def test_exported_weights_load_without_the_run(tmp_path):
     net = save(tmp_path, 5)
-    assert checkpoint.export_weights(str(tmp_path), tmp_path / "ema.safetensors", "ema") == 5
+    assert export_weights(str(tmp_path), tmp_path / "ema.safetensors", "ema") == 5
     loaded = UViT.from_file(tmp_path / "ema.safetensors")
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0])
     assert torch.equal(loaded(x, t), net.eval()(x, t))
     with pytest.raises(MissingInputError, match="holds no checkpoint; train first"):
-        checkpoint.export_weights(str(tmp_path / "none"), tmp_path / "x", "ema")
+        export_weights(str(tmp_path / "none"), tmp_path / "x", "ema")
 
 
 def test_the_manifest_says_what_is_there(tmp_path):

@@ -16,6 +16,7 @@ from uvit_dist import checkpoint, convert, storage
 from uvit_dist.config_yaml import dump_config
 from uvit_dist.data.journal import Journal
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UserError
+from uvit_dist.export_weights import export_weights
 from uvit_dist.models.uvit import UViT
 from uvit_dist.weights import load_weights
 
@@ -311,7 +312,7 @@ def test_nothing_half_written_is_left(config, official, tmp_path, monkeypatch):
 
 def test_a_state_needs_more_than_weights(config, official, tmp_path, caplog):
     convert.import_checkpoint(official.directory, config)
-    checkpoint.export_weights(config.run_dir, tmp_path / "ema.safetensors", "ema")
+    export_weights(config.run_dir, tmp_path / "ema.safetensors", "ema")
     with pytest.raises(DataError, match="holds weights alone"):
         convert.to_official(tmp_path / "ema.safetensors", tmp_path / f"{STEPS}.ckpt", None)
     with pytest.raises(UserError, match="write it with --out"):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from uvit_dist import checkpoint, dist
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, DataError, MissingInputError
+from uvit_dist.export_weights import export_weights
 from uvit_dist.models.uvit import UViT
 from uvit_dist.weights import Weights, adapt, load_weights, resize_positions
 
@@ -58,7 +59,7 @@ def same(tensors, net):
 def test_a_run_a_step_and_an_export_give_the_same_weights(run_dir, tmp_path):
     of_run = load_weights(run_dir)
     of_step = load_weights(run_dir / "checkpoints/step-00000010")
-    checkpoint.export_weights(str(run_dir), tmp_path / "ema.safetensors", "ema")
+    export_weights(str(run_dir), tmp_path / "ema.safetensors", "ema")
     of_file = load_weights(str(tmp_path / "ema.safetensors"))
     for weights in (of_run, of_step, of_file):
         assert same(weights.tensors, network(10))
@@ -78,7 +79,7 @@ def test_kind_and_step_are_those_asked_for(run_dir, tmp_path):
     early = load_weights(run_dir / "checkpoints/step-00000005")
     assert same(early.tensors, network(5))
     assert early.fingerprint != load_weights(run_dir).fingerprint
-    checkpoint.export_weights(str(run_dir), tmp_path / "file", "master")
+    export_weights(str(run_dir), tmp_path / "file", "master")
     assert same(load_weights(tmp_path / "file", "master").tensors, network(11))
     with pytest.raises(DataError, match="holds 'master' weights, 'ema' are asked for"):
         load_weights(tmp_path / "file")
@@ -86,13 +87,16 @@ def test_kind_and_step_are_those_asked_for(run_dir, tmp_path):
 
 def test_the_fingerprint_of_a_file_is_of_its_content(run_dir, tmp_path):
     for name in ("a", "b"):
-        checkpoint.export_weights(str(run_dir), tmp_path / name, "ema")
+        export_weights(str(run_dir), tmp_path / name, "ema")
     first = load_weights(tmp_path / "a").fingerprint
     assert first == load_weights(tmp_path / "b").fingerprint
     data = bytearray((tmp_path / "b").read_bytes())
     data[-1] ^= 1
     (tmp_path / "b").write_bytes(data)
-    assert first != load_weights(tmp_path / "b").fingerprint
+    with pytest.raises(DataError, match=r"b: damaged: \S+ differs from its hash; export or copy it again"):
+        load_weights(tmp_path / "b")
+    export_weights(run_dir, tmp_path / "c", "ema", step=5)
+    assert first != load_weights(tmp_path / "c").fingerprint
 
 
 def test_half_precision_becomes_fp32(tmp_path):

@@ -20,6 +20,7 @@ from uvit_dist.storage.files import (
     sizes_in,
     stream,
     tree,
+    upload,
     write_bytes,
 )
 from uvit_dist.storage.part_cache import cache, forget
@@ -51,5 +52,6 @@ __all__ = [
     "sizes_in",
     "stream",
     "tree",
+    "upload",
     "write_bytes",
 ]

@@ -24,6 +24,8 @@ from uvit_dist.storage.part_cache import cache
 
 PART = 8 << 20
 """Bytes of one ranged request of a stream."""
+UPLOADED_AT_ONCE = 16 << 20
+"""Bytes of a part of an upload to S3; four are in memory."""
 
 
 def is_remote(path: str) -> bool:
@@ -123,11 +125,14 @@ def read_range(path: str, offset: int, length: int, cache_as: str | None = None)
     return bytes(data)
 
 
-def stream(path: str, length: int, ahead: int = 4) -> Iterator[bytes]:
-    """A file of known length in order, in parts, so many of them requested ahead. Raises as ``read_range`` does."""
+def stream(path: str, length: int, ahead: int = 4, first: int = 0) -> Iterator[bytes]:
+    """A file of known length in order, in parts, so many of them requested ahead. first: the byte to begin at.
+
+    Raises as ``read_range`` does.
+    """
     waiting: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(max(1, ahead), thread_name_prefix="stream") as pool:
-        for offset in range(0, length, PART):
+        for offset in range(first, length, PART):
             waiting.append(pool.submit(read_range, path, offset, min(PART, length - offset)))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
@@ -209,12 +214,32 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def upload(local: str, path: str) -> None:
+    """Copy a local file to a path or URL, where it appears when it is whole, with no other copy on the way.
+
+    Raises ``NoSuchFileError`` where the file is not there, ``OutputError``, ``UnavailableError``.
+    """
+    with _explained(local):
+        os.stat(local)
+    with _explained(path):
+        if is_remote(path):
+            _upload(local, path)
+            return
+        with open(local, "rb") as source, atomic_write(path) as file:
+            shutil.copyfileobj(source, file, PART)
+
+
 def _upload(local: str, path: str) -> None:
     """Raises ``OSError`` where the object is not as long as the file."""
 
-    def put(progress: object) -> None:
+    def put(progress: remote.Progress) -> None:
         filesystem, key = remote.filesystem(path)
-        filesystem.put_file(local, key)
+        options: dict[str, Any] = {}
+        if path.startswith("s3://"):
+            options["chunksize"] = max(UPLOADED_AT_ONCE, -(-os.path.getsize(local) // 10_000))  # S3's most parts
+            options["max_concurrency"] = 4
+            options["callback"] = fsspec.Callback(hooks={"moved": lambda size, value: progress.moved()})
+        filesystem.put_file(local, key, **options)
         sent, there = os.path.getsize(local), int(filesystem.size(key))
         if there != sent:
             raise OSError(f"{there} of {sent} bytes arrived")

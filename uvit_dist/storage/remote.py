@@ -166,10 +166,14 @@ def _s3_store(bucket: str) -> S3Store:
     )
 
 
-class _Progress:
-    """When the last byte came."""
+class Progress:
+    """When the last byte moved."""
 
     def __init__(self) -> None:
+        self.at = time.monotonic()
+
+    def moved(self) -> None:
+        """Some byte did now."""
         self.at = time.monotonic()
 
     def stuck(self, state: RetryCallState) -> bool:
@@ -202,13 +206,13 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, kinds) or type(error).__module__.startswith("aiohttp.")
 
 
-def persistently(path: str, action: Callable[[_Progress], T]) -> T:
+def persistently(path: str, action: Callable[[Progress], T]) -> T:
     """action(progress), again after faults that pass, with growing, random pauses, until nothing moves any more.
 
     Raises ``UnavailableError`` when nothing came for storage.retry_s seconds, ``MissingInputError`` for what no retry
     mends (refused credentials, another region), ``FileNotFoundError``.
     """
-    progress = _Progress()
+    progress = Progress()
 
     def note(state: RetryCallState) -> None:
         COUNTS.add(retries=1)
@@ -278,7 +282,7 @@ def read_into(path: str, offset: int, view: memoryview) -> int:
     """
     got = 0
 
-    def more(progress: _Progress) -> None:
+    def more(progress: Progress) -> None:
         nonlocal got
         start, end = offset + got, offset + len(view)
         COUNTS.add(requests=1)
@@ -293,7 +297,7 @@ def read_into(path: str, offset: int, view: memoryview) -> int:
             piece = memoryview(chunk).cast("B")[: len(view) - got]
             view[got : got + len(piece)] = piece
             got += len(piece)
-            progress.at = time.monotonic()
+            progress.moved()
             COUNTS.add(bytes=len(piece))
         if got < len(view) and path.startswith("s3://"):
             raise ShortBodyError(f"{got - before} of {end - start} bytes came")
