@@ -234,18 +234,6 @@ class TextConfig(Section):
         None, description="local folder of Hugging Face's tokenizer, for a tower that needs one; none: that of encoder"
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> TextConfig:
-        raise_broken(
-            [
-                (
-                    self.tokenizer is None or self.tower is not None,
-                    f"tokenizer {self.tokenizer}: needs text.tower; OpenAI's tower has a tokenizer of its own",
-                )
-            ]
-        )
-        return self
-
 
 class OptimizerConfig(Section):
     """AdamW with a constant rate after linear warm-up."""

@@ -143,19 +143,16 @@ def load_text_tower(name: str, path: str | Path, tokenizer: str | Path | None = 
     text = config["text_cfg"]
     length = int(text.get("context_length", DEFAULT_CONTEXT_LENGTH))
     files: dict[str, str] = {}
-    tokens_of: Callable[[list[str]], Tensor]
+    folder = config_folder = None
     if "hf_tokenizer_name" in text:
         folder = _tokenizer_folder(name, text["hf_tokenizer_name"], path, tokenizer)
-        tokens_of = _local_tokenizer(folder, text, length)
-        files = _hashes(folder, TOKENIZER_FILES)
+        files |= _hashes(folder, TOKENIZER_FILES)
     elif tokenizer is not None:
         raise ConfigError(f"text.tokenizer {tokenizer}: {name} has open_clip's own tokenizer; drop text.tokenizer")
-    else:
-        tokens_of = SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs", {}))
-    config_folder = None
     if "hf_model_name" in text:
         config_folder = _config_folder(name, text["hf_model_name"], path, tokenizer)
         files |= _hashes(config_folder, ("config.json",))
+    tokens_of = _tokenizer(text, length, folder)
     tower = build_tower(config, config_folder)
     file = weights_file(path)
     load_strictly(tower, read_tower(file, remedy, hugging_face=config_folder is not None), f"text encoder {file}")
@@ -247,8 +244,11 @@ def _tokenizer_folder(name: str, wanted: str, path: Path, given: str | Path | No
     return folder
 
 
-def _local_tokenizer(folder: Path, text: Mapping[str, Any], length: int) -> HFTokenizer:
-    """open_clip's wrapper of the tokenizer in a folder."""
+def _tokenizer(text: Mapping[str, Any], length: int, folder: Path | None) -> SimpleTokenizer | HFTokenizer:
+    """The tokenizer that ``open_clip.get_tokenizer`` gives, with Hugging Face's files from the folder."""
+    options = text.get("tokenizer_kwargs", {})
+    if folder is None:
+        return SimpleTokenizer(context_length=length, **options)
     try:
         tokenizer = HFTokenizer(
             str(folder),
@@ -256,7 +256,7 @@ def _local_tokenizer(folder: Path, text: Mapping[str, Any], length: int) -> HFTo
             tokenizer_mode=text.get("tokenizer_mode"),
             local_files_only=True,
             trust_remote_code=False,
-            **text.get("tokenizer_kwargs", {}),
+            **options,
         )
         tokenizer([""])
     except ImportError as error:
@@ -274,14 +274,13 @@ def _local_tokenizer(folder: Path, text: Mapping[str, Any], length: int) -> HFTo
 
 def _config_folder(name: str, wanted: str, path: Path, given: str | Path | None) -> Path:
     """The folder whose config.json is that of the tower, where it is Hugging Face's."""
-    folders = [
-        Path(folder) for folder in (given, path) if folder is not None and (Path(folder) / "config.json").is_file()
-    ]
+    sought = [folder for folder in map(Path, (given or path, path)) if folder.is_dir()]
+    folders = [folder for folder in sought if (folder / "config.json").is_file()]
     remedy = f"put config.json of Hugging Face's {wanted} beside the tokenizer's files"
     if not folders:
         raise MissingInputError(
             f"text.tower {name}: its tower is Hugging Face's, and no config.json is in"
-            f" {' or '.join(str(folder) for folder in (given, path) if folder is not None)}; {remedy}"
+            f" {' or '.join(dict.fromkeys(map(str, sought)))}; {remedy}"
         )
     file = folders[0] / "config.json"
     try:
