@@ -227,6 +227,12 @@ class TextConfig(Section):
 
     encoder: str = Field(description="path or URL of CLIP's text tower, in open_clip's or Hugging Face's keys")
     encoder_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
+    tower: str | None = Field(
+        None, description="open_clip's name of the model whose text tower that is; none: OpenAI's, padded with the end"
+    )
+    tokenizer: str | None = Field(
+        None, description="local folder of Hugging Face's tokenizer, for a tower that needs one; none: that of encoder"
+    )
 
 
 class OptimizerConfig(Section):

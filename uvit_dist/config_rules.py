@@ -20,7 +20,7 @@ def raise_broken(rules: Sequence[Rule]) -> None:
 def rules_between(sections: Mapping[str, Any]) -> list[Rule]:
     """The rules that concern several sections, as (holds, message): those whose sections are all given."""
     rules: list[Rule] = []
-    groups = (_space_rules, _label_rules, _sampling_rules, _precision_rules, _path_rules, _launch_rules)
+    groups = (_space_rules, _text_rules, _label_rules, _sampling_rules, _precision_rules, _path_rules, _launch_rules)
     for group in groups:
         with contextlib.suppress(KeyError):
             rules += group(sections)
@@ -47,6 +47,16 @@ def _space_rules(sections: Mapping[str, Any]) -> list[Rule]:
         (
             model.clip_dim is None or data.format in ("coco", "webdataset"),
             f"data.format {data.format} has no captions; model.clip_dim needs those of data.format coco or webdataset",
+        ),
+    ]
+
+
+def _text_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    text = sections["text"]
+    return [
+        (
+            text is None or text.tokenizer is None or text.tower is not None,
+            "text.tokenizer: needs text.tower; without it the tower is OpenAI's, whose tokenizer is built in",
         ),
     ]
 

@@ -14,7 +14,7 @@ from uvit_dist.models.autoencoder import Autoencoder, load_autoencoder
 from uvit_dist.models.features import EXTRACTORS, Extractor
 from uvit_dist.models.frozen import fingerprint
 from uvit_dist.models.inception import load_inception
-from uvit_dist.models.text import TextEncoder, load_text_encoder
+from uvit_dist.models.text import TextEncoder, load_text_encoder, load_text_tower, tower_remedy
 
 
 def load_encoder(section: AutoencoderConfig) -> Autoencoder:
@@ -48,9 +48,10 @@ def load_decoder(config: Config) -> Autoencoder | None:
 
 
 def load_text(section: TextConfig) -> TextEncoder:
-    """The text encoder. Raises ``MissingInputError``, ``DataError``."""
-    path = storage.local_weights(section.encoder, section.encoder_sha256, "text.encoder", text_module.REMEDY)
-    return load_text_encoder(path)
+    """The text encoder. Raises ``ConfigError``, ``MissingInputError``, ``DataError``."""
+    remedy = text_module.REMEDY if section.tower is None else tower_remedy(section.tower)
+    path = storage.local_weights(section.encoder, section.encoder_sha256, "text.encoder", remedy)
+    return load_text_encoder(path) if section.tower is None else load_text_tower(section.tower, path, section.tokenizer)
 
 
 def load_extractor(evaluate: EvaluateConfig, device: torch.device) -> tuple[Extractor, str]:

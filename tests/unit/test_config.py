@@ -80,6 +80,7 @@ def test_types_are_strict_but_yaml_numbers_are_numbers():
             "text: missing; model.clip_dim needs",
         ),
         (["text.encoder=x"], "text: needs model.clip_dim"),
+        (["text.encoder=x", "text.tokenizer=y"], "text.tokenizer: needs text.tower"),
         (["model.num_classes=-1"], "diffusion.null_label 10: the model has no labels"),
         (["sample.solver=euler_maruyama_sde"], "sample.solver euler_maruyama_sde needs diffusion.schedule vpsde"),
         (["sample.solver=ddim"], "sample.solver: 'ddim': Input should be 'dpm_solver_pp', 'dpm_solver'"),
