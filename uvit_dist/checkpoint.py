@@ -7,11 +7,12 @@ commit. What a kill leaves behind is a temporary directory, which the next save 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from uvit_dist import dist, storage
-from uvit_dist.dist import Ranks
+from uvit_dist import faults, storage
+from uvit_dist.config import CheckpointConfig
 from uvit_dist.errors import CheckpointError, OutputError
 
 VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, REASON = "manifest.json", "reason.txt"
+"""What a checkpoint says of itself; why one was set aside."""
 _STEP = re.compile(r"step-(\d{8,})")
 log = logging.getLogger(__name__)
 
@@ -54,75 +55,85 @@ def _hash_file(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _save_local(directory: Path, rank: int, state: dict[str, Tensor]) -> FileRecord | str:
-    """Write and fsync this rank's file. Returns its record, or what went wrong."""
-    path = directory / f"rank-{rank:05d}.safetensors"
-    try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        return FileRecord(path.name, path.stat().st_size, _hash_file(path))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-        return f"{path}: {error}"
+def temporary(run_dir: str | Path, step: int) -> Path:
+    """Where the files of a checkpoint are written before it is committed."""
+    return checkpoints_dir(run_dir) / f".tmp-{_name(step)}"
 
 
-def save(run_dir: str, state: dict[str, Tensor], manifest: dict[str, Any], ranks: Ranks, keep: int) -> Path:
-    """Commit one checkpoint. A collective call.
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
-    state: this rank's flat tensors (Engine.local_state); manifest: what is the same for all ranks, with "step"; keep:
-    how many whole ones to keep. Returns the directory.
-    Raises ``OutputError`` on every rank where any rank cannot write; the checkpoints before it stay as they are.
+
+def clean(run_dir: str | Path) -> None:
+    """Delete what dead attempts to save have left. For one process, while none saves."""
+    for leftover in checkpoints_dir(run_dir).glob(".tmp-*"):
+        storage.remove_tree(leftover)
+
+
+def commit(run_dir: str | Path, manifest: dict[str, Any], records: Sequence[FileRecord]) -> Path:
+    """Make the files in ``temporary`` a checkpoint, at once, by renaming their directory. Returns it.
+
+    manifest: "step", "world_size" and what else it says; records: of every rank's file. Raises ``OutputError``.
     """
-    parent = checkpoints_dir(run_dir)
-    final = parent / f"step-{manifest['step']:08d}"
-    temporary = parent / f".tmp-{final.name}"
-
-    def prepare() -> None:
-        storage.make_directory(str(parent))
-        for leftover in parent.glob(".tmp-*"):
-            storage.remove_tree(leftover)
-        storage.make_directory(str(temporary))
-
-    def commit() -> None:
-        files = [asdict(record) for record in records if isinstance(record, FileRecord)]
-        whole = {"version": VERSION, **manifest, "world_size": ranks.world_size, "files": files}
-        storage.write_bytes(str(temporary / MANIFEST), json.dumps(whole, indent=1).encode())
-        storage.fsync_directory(temporary)
-        set_aside(final)
-        temporary.rename(final)
-        storage.fsync_directory(parent)
-        _retain(parent, manifest["step"], keep)
-
-    dist.on_main(ranks, prepare)
-    records = dist.gather(_save_local(temporary, ranks.rank, state))  # the gather is the vote
-    errors = [record for record in records if isinstance(record, str)]
-    if errors:
-        raise OutputError(
-            f"the checkpoint of step {manifest['step']} cannot be written: {'; '.join(errors)}. "
-            "Free space or mend the directory and start again: the last whole checkpoint is untouched."
-        )
-    dist.on_main(ranks, commit)
+    final, before = checkpoints_dir(run_dir) / _name(manifest["step"]), temporary(run_dir, manifest["step"])
+    whole = {"version": VERSION, **manifest, "files": [asdict(record) for record in records]}
+    storage.write_bytes(str(before / MANIFEST), json.dumps(whole, indent=1).encode())
+    faults.point("save:after_manifest")
+    storage.fsync_directory(before)
+    set_aside(final)
+    faults.point("save:before_rename")
+    try:
+        before.rename(final)
+        faults.point("save:renamed")
+        storage.fsync_directory(final.parent)
+    except OSError as error:
+        raise OutputError(f"{final}: cannot be written ({error.strerror or error})") from error
+    faults.point("save:committed")
     return final
 
 
-def set_aside(directory: Path) -> None:
+def set_aside(directory: Path, reason: str = "made anew") -> None:
     """Rename a checkpoint that is not to be used, if it is there. Nothing of a user's is deleted for being damaged."""
     number = 0
     while directory.exists():
         aside = directory.with_name(f"damaged-{directory.name}-{number}")
         if not aside.exists():
             directory.rename(aside)
+            with contextlib.suppress(OSError):  # a full disk must not stand in the way
+                (aside / REASON).write_text(reason + "\n")
         number += 1
 
 
-def _retain(parent: Path, step: int, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints up to ``step``, the one just committed."""
+def retain(run_dir: str | Path, step: int, config: CheckpointConfig) -> list[str]:
+    """Delete the whole checkpoints up to ``step``, the one just committed, that the configuration does not keep.
+
+    Returns the names of those that stay.
+    """
+    parent = checkpoints_dir(run_dir)
     whole = [path for path in _steps(parent) if _step_of(path) <= step and defect(path, verify="size") is None]
-    for path in whole[keep:]:
+    losses = {}
+    for path in whole if config.keep_best else []:
+        loss = json.loads((path / MANIFEST).read_text()).get("validation_loss")
+        if loss is not None:
+            losses[_step_of(path)] = float(loss)
+    stay = kept([_step_of(path) for path in whole], losses, config)
+    for path in whole:
+        if _step_of(path) in stay:
+            continue
         # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under a valid name.
         doomed = parent / f".tmp-old-{path.name}"
         path.rename(doomed)
+        faults.point("save:retiring")
         storage.remove_tree(doomed)
+    return [path.name for path in whole if _step_of(path) in stay]
+
+
+def kept(steps: Sequence[int], losses: Mapping[int, float], config: CheckpointConfig) -> set[int]:
+    """Of the steps of whole checkpoints, newest first, those that stay. losses: validation losses, of some."""
+    stay = set(steps[: config.keep])
+    if config.keep_every is not None:
+        stay |= {step for step in steps if step % config.keep_every == 0}
+    return stay | set(sorted(losses, key=lambda step: (losses[step], step))[: config.keep_best])
 
 
 def _step_of(path: Path) -> int:
@@ -191,8 +202,9 @@ def set_aside_newer(path: Path) -> None:
     """Set aside the checkpoints after the one that a run resumes from: they are damaged, and will be made anew."""
     for other in _steps(path.parent):
         if _step_of(other) > _step_of(path):
-            log.warning("checkpoint %s is set aside: the run goes on from %s", other, path)
-            set_aside(other)
+            reason = defect(other, "hash") or f"the run goes on from {path.name}"
+            log.warning("checkpoint %s is set aside: %s; the run goes on from %s", other, reason, path)
+            set_aside(other, reason)
 
 
 class CheckpointReader:

@@ -34,6 +34,7 @@ from uvit_dist.data.shards import read_index
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UserError, explained_exit
 from uvit_dist.models.uvit import UViT
+from uvit_dist.saving import save_now
 from uvit_dist.weights import Kind, differences, find_checkpoint, listed, load_weights
 
 FILE_OF_KIND = {"master": "nnet.pth", "ema": "nnet_ema.pth"}
@@ -207,7 +208,7 @@ def _commit(config: Config, state: dict[str, Tensor], manifest: dict[str, Any]) 
     alone = Ranks()
     dist.start(alone, 60)
     try:
-        return checkpoint.save(config.run_dir, state, manifest, alone, config.checkpoint.keep)
+        return save_now(config.run_dir, config.checkpoint, alone, state, manifest)
     finally:
         dist.stop()
 

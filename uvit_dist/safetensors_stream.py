@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from uvit_dist import storage
+from uvit_dist import faults, storage
 
 PIECE = 16 << 20
 """Bytes that are hashed and written at once."""
@@ -80,7 +80,9 @@ def write_flat(path: Path, parts: Sequence[tuple[str, int]], flat: Tensor) -> tu
         for block in chain([header], _blocks(flat)):
             hasher.update(block)
             size += file.write(block)
+            faults.point("save:block")
         file.flush()
+        faults.point("save:flushed")
         os.fsync(file.fileno())
     return size, hasher.hexdigest()
 

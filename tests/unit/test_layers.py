@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     0: [
         "errors",
+        "faults",
         "config",
         "config_rules",
         "config_yaml",
@@ -37,6 +38,7 @@ LAYERS = {
         "engine",
         "checkpoint",
         "second_home",
+        "saving",
         "copier",
         "weights",
         "export_weights",
