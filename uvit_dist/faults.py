@@ -29,7 +29,7 @@ def _faults(text: str) -> tuple[tuple[str, int | None, str, int], ...]:
         match = _FAULT.fullmatch(part)
         if match is None:
             raise ConfigError(
-                f"{VARIABLE}={part}: not ACTION@rankN,POINT as sigkill@rank1,save:voted; correct or unset it"
+                f"{VARIABLE}={part}: not ACTION@rankN,POINT, as sigkill@rank1,save:voted; correct or unset it"
             )
         action, rank, point, time = match.groups()
         found.append((action, None if rank is None else int(rank), point, int(time or 1)))

@@ -1,15 +1,21 @@
 """Checkpoints: whole or not there, the newest whole one chosen, never a silent fresh start."""
 
 import json
+import threading
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from uvit_dist import checkpoint, dist, storage
+from uvit_dist import checkpoint, dist, faults, saving
+from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
-from uvit_dist.errors import CheckpointError, MissingInputError, OutputError
+from uvit_dist.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from uvit_dist.export_weights import export_weights
 from uvit_dist.models.uvit import UViT
+from uvit_dist.safetensors_stream import write_flat
+from uvit_dist.saving import Saver, save_now
 
 ALONE = Ranks()
 
@@ -24,7 +30,18 @@ def process_group():
 NETWORK = {"img_size": 8, "patch_size": 2, "in_chans": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
-def save(run_dir, step, keep=2):
+@pytest.fixture
+def fault(monkeypatch):
+    """Asks for a fault; times are counted from then on."""
+
+    def ask(text):
+        monkeypatch.setenv("UVIT_FAULT", text)
+        monkeypatch.setattr(faults, "_reached", Counter())
+
+    return ask
+
+
+def save(run_dir, step, keep=2, config=None, **more):
     torch.manual_seed(step)
     net = UViT(**NETWORK)
     state = {}
@@ -38,7 +55,7 @@ def save(run_dir, step, keep=2):
         "shapes": {k: list(v.shape) for k, v in net.state_dict().items()},
         "config": {"model": NETWORK},
     }
-    checkpoint.save(str(run_dir), state, manifest, ALONE, keep)
+    save_now(str(run_dir), config or CheckpointConfig(every=1, keep=keep), ALONE, state, {**manifest, **more})
     return net
 
 
@@ -138,27 +155,100 @@ def test_a_run_that_never_saved_starts_anew(tmp_path):
     assert checkpoint.newest_whole(str(tmp_path)) is None
     (tmp_path / "checkpoints/.tmp-step-00000005").mkdir(parents=True)
     assert checkpoint.newest_whole(str(tmp_path)) is None, "a save that never ended was never a checkpoint"
+    checkpoint.clean(tmp_path)
     save(tmp_path, 5)
     assert steps(tmp_path) == ["step-00000005"]
 
 
-@pytest.mark.parametrize("place", ["rank file", "manifest"])
-def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("point", ["prepared", "block", "flushed", "written", "after_manifest", "before_rename"])
+def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(tmp_path, fault, point):
     save(tmp_path, 5)
     before = {p.name: p.read_bytes() for p in (tmp_path / "checkpoints/step-00000005").iterdir()}
-
-    def full(*_):
-        raise OutputError("No space left on device") if place == "manifest" else OSError(28, "No space left on device")
-
-    owner, name = (storage, "write_bytes") if place == "manifest" else (checkpoint, "save_file")
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, full)
-        with pytest.raises(OutputError, match="No space left on device"):
-            save(tmp_path, 10)
+    fault(f"nospace@all,save:{point}")
+    with pytest.raises(OutputError, match=r"the checkpoint of step 10 cannot be written: .*No space left on device"):
+        save(tmp_path, 10)
     assert checkpoint.newest_whole(str(tmp_path), "hash").name == "step-00000005"
+    assert steps(tmp_path) == ["step-00000005"], "nothing of the failed one is left"
     assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoints/step-00000005").iterdir()} == before
     save(tmp_path, 15)
     assert steps(tmp_path) == ["step-00000005", "step-00000015"]
+
+
+def test_room_is_looked_for_before_any_of_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"0 MB are needed, 0 MB are free"):
+        save(tmp_path, 10)
+    assert steps(tmp_path) == []
+
+
+def test_a_fault_that_cannot_be_read_is_explained(tmp_path, fault):
+    fault("sigkill@1,save:begin")
+    with pytest.raises(ConfigError, match="UVIT_FAULT=sigkill@1,save:begin: not ACTION@rankN,POINT, as sigkill@rank1"):
+        save(tmp_path, 10)
+
+
+def test_every_kth_and_the_best_are_kept_beside_the_newest(tmp_path):
+    config = CheckpointConfig(every=1, keep=2, keep_every=20, keep_best=2)
+    losses = {5: 0.5, 10: 0.1, 15: 0.4, 20: 0.3, 25: 0.2, 30: 0.9, 35: None, 40: 0.8, 45: 0.7, 50: 0.6}
+    for step, loss in losses.items():
+        save(tmp_path, step, config=config, **({} if loss is None else {"validation_loss": loss}))
+    assert steps(tmp_path) == [f"step-{step:08d}" for step in (10, 20, 25, 40, 45, 50)]
+
+
+def state_of(value, numel=100_000):
+    return {"master/w/0": torch.full((numel,), value), "ema/w/0": torch.full((numel,), -value)}
+
+
+def test_what_is_saved_is_the_state_at_begin_whatever_training_does_to_it_then(tmp_path, monkeypatch):
+    go_on, written = threading.Event(), []
+
+    def slow(path, parts, flat):
+        go_on.wait(10)
+        written.append(path)
+        return write_flat(path, parts, flat)
+
+    monkeypatch.setattr(saving, "write_flat", slow)
+    saver = Saver(str(tmp_path), CheckpointConfig(every=1), ALONE)
+    manifest = {"shapes": {"w": [100_000]}, "config": {}}
+    state = state_of(1.0)
+    saver.begin(state, {**manifest, "step": 1})
+    state["master/w/0"].fill_(7.0)
+    assert saver.busy
+    saver.after_step(any_busy=True)
+    assert checkpoint.newest_whole(str(tmp_path)) is None
+    go_on.set()
+    saver.begin(state_of(2.0), {**manifest, "step": 2})
+    assert checkpoint.newest_whole(str(tmp_path), "hash").name == "step-00000001", "the first was waited for"
+    saver.finish()
+    saver.close()
+    for step, value in ((1, 1.0), (2, 2.0)):
+        reader = checkpoint.CheckpointReader(tmp_path / f"checkpoints/step-{step:08d}")
+        assert torch.equal(reader.full("master")["w"], torch.full((100_000,), value))
+        assert torch.equal(reader.full("ema")["w"], torch.full((100_000,), -value))
+
+
+def test_failures_are_told_and_borne_so_many_times(tmp_path, fault):
+    saver = Saver(str(tmp_path), CheckpointConfig(every=1, most_failures=2), ALONE)
+    manifest = {"shapes": {"w": [100_000]}, "config": {}}
+
+    def save_step(step):
+        saver.begin(state_of(1.0), {**manifest, "step": step})
+        saver.finish()
+
+    fault("nospace@all,save:block#1;nospace@all,save:after_manifest#1;nospace@all,save:block#9")
+    save_step(1)
+    assert (saver.failures, saver.saved) == (1, -1)
+    save_step(2)
+    assert saver.failures == 2
+    save_step(3)
+    assert (saver.failures, saver.saved) == (0, 3)
+    fault(";".join(f"nospace@all,save:prepared#{n}" for n in (1, 2, 3)))
+    save_step(4)
+    save_step(5)
+    with pytest.raises(OutputError, match="the checkpoint of step 6 cannot be written"):
+        save_step(6)
+    assert checkpoint.newest_whole(str(tmp_path), "hash").name == "step-00000003"
+    saver.close()
 
 
 def test_exported_weights_load_without_the_run(tmp_path):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from uvit_dist import checkpoint, dist
+from uvit_dist import dist
+from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, DataError, MissingInputError
 from uvit_dist.export_weights import export_weights
 from uvit_dist.models.uvit import UViT
+from uvit_dist.saving import save_now
 from uvit_dist.weights import Weights, adapt, load_weights, resize_positions
 
 ALONE = Ranks()
@@ -40,7 +42,7 @@ def save(run_dir, step):
         "shapes": {name: list(value.shape) for name, value in nets["ema"].items()},
         "config": {"model": {**MODEL, "use_checkpoint": True}, "diffusion": {"null_label": 4}},
     }
-    return checkpoint.save(str(run_dir), state, manifest, ALONE, 2)
+    return save_now(str(run_dir), CheckpointConfig(every=1), ALONE, state, manifest)
 
 
 @pytest.fixture(scope="module")
