@@ -36,7 +36,7 @@ from benchmarks import ROOT, commit_of
 from benchmarks.rounds import Side, ratios, result, rounds, show, timed
 from benchmarks.shaped_link import CONNECTION_BYTES_S, FAULT_SHARE, FIRST_BYTE_S, LINK_BYTES_S, counts, shaped_link
 from uvit_dist import storage
-from uvit_dist.config import StorageConfig
+from uvit_dist.config_data import StorageConfig
 from uvit_dist.data.latents import Provenance, Sample
 from uvit_dist.data.loader import ShardLoader
 from uvit_dist.data.plan import Plan

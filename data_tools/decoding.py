@@ -19,7 +19,7 @@ from data_tools import resample
 from data_tools.crops import Pixels
 from data_tools.images import Address, BadImageError, Reader
 from uvit_dist import storage
-from uvit_dist.config import StorageConfig
+from uvit_dist.config_data import StorageConfig
 from uvit_dist.errors import UserError
 
 CHUNK = 16

@@ -28,7 +28,8 @@ from data_tools.shard_job import all_as_stored, command_line, make_from_images, 
 from data_tools.units import Unit
 from data_tools.x0 import HostImages
 from uvit_dist import storage
-from uvit_dist.config import Config, PrecomputeConfig
+from uvit_dist.config import Config
+from uvit_dist.config_data import PrecomputeConfig
 from uvit_dist.data.latents import Provenance, Sample, TextProvenance, pixels_to_x0
 from uvit_dist.data.shards import ShardIndex, ShardRecord
 from uvit_dist.errors import ConfigError, DataError, MissingInputError

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_tools.shard_job import positive
 from uvit_dist import storage
-from uvit_dist.config import StorageConfig
+from uvit_dist.config_data import StorageConfig
 from uvit_dist.errors import ConfigError, DataError, OutputError
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from data_tools.images import Address, ImageSource, Pixels, load_image
 from data_tools.keys import as_key, require_unique
 from data_tools.tar_sources import imagenet_source, webdataset_source
 from uvit_dist import storage
-from uvit_dist.config import DataConfig
+from uvit_dist.config_data import DataConfig
 from uvit_dist.errors import ConfigError, DataError, MissingInputError, NoSuchFileError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")

@@ -19,7 +19,7 @@ from data_tools.images import Address, Pixels, load_image
 from data_tools.keys import as_key, require_unique
 from data_tools.tars import Extent, Member, Table, Window, scan_all, walk
 from uvit_dist import storage
-from uvit_dist.config import DataConfig
+from uvit_dist.config_data import DataConfig
 from uvit_dist.errors import DataError, MissingInputError
 
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

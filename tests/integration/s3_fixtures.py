@@ -12,7 +12,7 @@ from tests import s3_rig
 from tests.fault_proxy import FaultProxy
 from tests.s3_rig import S3Server
 from uvit_dist import storage
-from uvit_dist.config import StorageConfig
+from uvit_dist.config_data import StorageConfig
 
 BUCKET = "shards"
 

@@ -13,7 +13,7 @@ from tests.integration.s3_fixtures import BUCKET, credentials, proxy, s3_server 
 from tests.unit.test_sources import coco, data_config, save_image
 from tests.unit.test_tar_sources import imagenet_train, tar_of
 from uvit_dist import storage
-from uvit_dist.config import StorageConfig
+from uvit_dist.config_data import StorageConfig
 from uvit_dist.errors import ConfigError, MissingInputError
 
 pytestmark = [

@@ -15,7 +15,7 @@ from tests.integration.s3_fixtures import BUCKET, credentials, proxy, s3_server,
 from tests.ranks import run_ranks
 from tests.tiny import losses, records, same_tensors, saved_state, tiny_config, traces
 from uvit_dist import storage
-from uvit_dist.config import StorageConfig
+from uvit_dist.config_data import StorageConfig
 from uvit_dist.data.loader import ShardLoader
 from uvit_dist.data.shards import read_index
 from uvit_dist.errors import DataError, MissingInputError, UnavailableError

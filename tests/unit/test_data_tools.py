@@ -17,7 +17,7 @@ from data_tools.sources import open_source
 from data_tools.units import plan_units
 from tests.golden_values import GOLDEN
 from tests.tiny import DEMO, ROOT, tiny_config
-from uvit_dist.config import DataConfig
+from uvit_dist.config_data import DataConfig
 from uvit_dist.data.shards import read_index
 from uvit_dist.errors import ConfigError, DataError
 from uvit_dist.models.features import digits_pixels_8x8, to_uint8

@@ -13,6 +13,7 @@ LAYERS = {
         "errors",
         "faults",
         "config",
+        "config_data",
         "config_rules",
         "config_yaml",
         "ema",

@@ -12,7 +12,7 @@ from data_tools.cifar10 import CIFAR10_RECORD
 from data_tools.decode import FileReader
 from data_tools.images import load_images, source_fingerprint
 from data_tools.sources import FileSource, open_source
-from uvit_dist.config import DataConfig
+from uvit_dist.config_data import DataConfig
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
 
 DRAW = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from data_tools.images import load_images, source_fingerprint
 from data_tools.sources import open_source
 from data_tools.tar_sources import scan_images
 from data_tools.tars import Extent, Window, walk
-from uvit_dist.config import DataConfig
+from uvit_dist.config_data import DataConfig
 from uvit_dist.errors import DataError, MissingInputError
 
 DRAW = np.random.default_rng(0)

@@ -35,7 +35,7 @@ from obstore.exceptions import BaseError as ObstoreError
 from obstore.store import S3Store
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from uvit_dist.config import StorageConfig
+from uvit_dist.config_data import StorageConfig
 from uvit_dist.errors import ConfigError, MissingInputError, UnavailableError, UserError
 
 T = TypeVar("T")
