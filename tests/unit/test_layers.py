@@ -16,6 +16,7 @@ LAYERS = {
         "config_yaml",
         "ema",
         "fid",
+        "guard",
         "diffusion",
         "data.latents",
         "data.plan",
@@ -26,6 +27,7 @@ LAYERS = {
     3: [
         "engine",
         "checkpoint",
+        "divergence",
         "weights",
         "preemption",
         "watchdog",
