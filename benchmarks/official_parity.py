@@ -32,6 +32,7 @@ from benchmarks import ROOT, commit_of, provenance
 from uvit_dist import dist, engine
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import MissingInputError, explained_exit
+from uvit_dist.guard import Guard
 from uvit_dist.loss import Example, Objective
 from uvit_dist.models.uvit import UViT
 
@@ -219,9 +220,10 @@ def run_ours(case: Case, draws: list[Draw], start: Tensors, altered: Control) ->
         asked = Example(x0, noise, time - altered.earlier, condition.get("y"), condition.get("context"))
         return objective.losses(net, asked).mean()
 
+    guard = Guard(config.guard)
     with altered.patch():
         trainer = engine.Engine(net, config, RANKS)
-        losses = [trainer.train_step([draw], loss_of).loss for draw in draws]
+        losses = [trainer.train_step([draw], loss_of, guard.admits).loss for draw in draws]
     parts = {tuple(key.split("/")): value.clone() for key, value in trainer.local_state().items()}
     weights, ema = ({k[1]: v for k, v in parts.items() if k[0] == kind} for kind in ("master", "ema"))
     return Run(losses, weights, ema, {})

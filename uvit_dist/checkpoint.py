@@ -22,8 +22,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from uvit_dist import faults, storage
+from uvit_dist import dist, faults, storage
 from uvit_dist.config import CheckpointConfig
+from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, OutputError
 
 VERSION = 1
@@ -205,6 +206,19 @@ def set_aside_newer(path: Path) -> None:
             reason = defect(other, "hash") or f"the run goes on from {path.name}"
             log.warning("checkpoint %s is set aside: %s; the run goes on from %s", other, reason, path)
             set_aside(other, reason)
+
+
+def open_on_all(path: Path, ranks: Ranks) -> CheckpointReader:
+    """A reader on every rank. A collective call. Raises ``CheckpointError`` on every rank where any has none."""
+    reader, problem = None, None
+    try:
+        reader = CheckpointReader(path)
+    except CheckpointError as error:
+        problem = f"rank {ranks.rank}: {error}"
+    problems = [told for told in dist.gather(problem) if told is not None]
+    if problems or reader is None:
+        raise CheckpointError("; ".join(problems))
+    return reader
 
 
 class CheckpointReader:

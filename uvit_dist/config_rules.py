@@ -127,18 +127,22 @@ def _launch_rules(sections: Mapping[str, Any]) -> list[Rule]:
 
 
 def batch_rules(train: Any, data: Any, world_size: int) -> list[Rule]:
-    """The batch arithmetic as (holds, message): the batch over lanes, ranks and micro-batches."""
-    batch, micro, lanes = train.global_batch_size, train.micro_batch_size, data.lanes
-    divisors = [n for n in range(1, lanes + 1) if lanes % n == 0 and batch % (n * micro) == 0]
+    """The batch arithmetic as (holds, message): the batch over lanes and ranks."""
+    batch, lanes = train.global_batch_size, data.lanes
+    divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
     return [
         (batch % lanes == 0, f"train.global_batch_size {batch} must be divisible by data.lanes {lanes}"),
         (
             lanes % world_size == 0,
             f"launch: {world_size} ranks must divide data.lanes {lanes}; valid numbers of ranks: {divisors}",
         ),
-        (
-            batch % (micro * world_size) == 0,
-            f"train.global_batch_size {batch} must be divisible by train.micro_batch_size x ranks "
-            f"= {micro} x {world_size} = {micro * world_size}",
-        ),
     ]
+
+
+def micro_batch_size(train: Any, world_size: int) -> int:
+    """Samples of a rank in one forward pass: the most up to train.micro_batch_size that a rank's batch is cut into.
+
+    So a run goes on as it is on another number of ranks.
+    """
+    own = train.global_batch_size // world_size
+    return max(size for size in range(1, min(train.micro_batch_size, own) + 1) if own % size == 0)

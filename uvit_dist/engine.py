@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from uvit_dist import dist
 from uvit_dist.config import Config
+from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.dist import Ranks
 from uvit_dist.ema import ema_decay_at, ema_update_
-from uvit_dist.errors import CheckpointError, NumericalError
+from uvit_dist.errors import CheckpointError
 
+log = logging.getLogger(__name__)
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 """What is kept of every parameter, all fp32: master weight, Adam's two moments, EMA."""
 
@@ -46,13 +48,16 @@ class Fragment:
 class StepResult:
     """loss: mean over the global batch; grad_norm: of the averaged gradient, before clipping; lr: of this update.
 
-    flags: of each flag, whether any rank raised it.
+    flags: of each flag, whether any rank raised it; applied: whether the update was made; own_loss: the mean over this
+    rank's part of the batch, all else being the same on all ranks.
     """
 
     loss: float
     grad_norm: float
     lr: float
     flags: tuple[bool, ...]
+    applied: bool
+    own_loss: float
 
 
 class _Autocast(nn.Module):
@@ -82,7 +87,11 @@ class Engine:
 
     def __init__(self, net: nn.Module, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.step = config, ranks, 0
-        self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * ranks.world_size)
+        self._micro_batch = micro_batch_size(config.train, ranks.world_size)
+        self._micro_batches = config.train.global_batch_size // (self._micro_batch * ranks.world_size)
+        if self._micro_batch != config.train.micro_batch_size:
+            log.info("micro-batches of %d: train.micro_batch_size %d does not divide a rank's batch",
+                     self._micro_batch, config.train.micro_batch_size)  # fmt: skip
         net = net.to(ranks.device)
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
         initial = {name: p.detach().clone().flatten() for name, p in net.named_parameters()}
@@ -117,7 +126,7 @@ class Engine:
         train, zero = self.config.train, self.config.zero
         return {
             "train_batch_size": train.global_batch_size,
-            "train_micro_batch_size_per_gpu": train.micro_batch_size,
+            "train_micro_batch_size_per_gpu": self._micro_batch,
             "gradient_accumulation_steps": self._micro_batches,
             "gradient_clipping": self.config.optimizer.clip_grad_norm or 0.0,
             "bf16": {"enabled": train.precision == "bf16"},
@@ -138,13 +147,18 @@ class Engine:
     # -- one update -----------------------------------------------------------------------------------------------
 
     def train_step(
-        self, micro_batches: Sequence[Any], loss_of: Callable[[nn.Module, Any], Tensor], flags: Sequence[bool] = ()
+        self,
+        micro_batches: Sequence[Any],
+        loss_of: Callable[[nn.Module, Any], Tensor],
+        admit: Callable[[float, float], bool],
+        flags: Sequence[bool] = (),
     ) -> StepResult:
         """One optimizer update over this rank's micro-batches, then the EMA.
 
-        loss_of(network, micro_batch) is the mean loss, a scalar; flags: things to tell all ranks (a signal, say), as
-        many on each. Every rank learns the same loss, gradient norm and flags, by one collective.
-        Raises ``NumericalError`` on every rank, before anything is changed, where one of them is not finite.
+        loss_of(network, micro_batch) is the mean loss, a scalar; admit(loss, gradient norm): whether the update is
+        made, the same on every rank, False where one of the two is not finite; flags: things to tell all ranks (a
+        signal, say), as many on each. Every rank learns the same loss, gradient norm and flags, by one collective.
+        Without the update all is as if the step had never been.
         """
         assert len(micro_batches) == self._micro_batches
         lr = learning_rate(self.step, self.config.optimizer.lr, self.config.optimizer.warmup_steps)
@@ -158,18 +172,36 @@ class Engine:
             losses.append(loss.detach().float())
             if number < len(micro_batches) - 1:
                 self._ds.step()  # not yet an update: it counts micro-batches
-        loss_mean, grad_norm, raised = self._agree(torch.stack(losses).mean(), flags)
-        if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
-            raise NumericalError(
-                f"step {self.step}: loss {loss_mean}, gradient norm {grad_norm}: not finite; the update was not made. "
-                "Start again from the last checkpoint with a lower optimizer.lr, optimizer.clip_grad_norm set, or "
-                "train.precision fp32."
-            )
+        own_loss = torch.stack(losses).mean()
+        loss_mean, grad_norm, raised = self._agree(own_loss, flags)
+        applied = admit(loss_mean, grad_norm)
+        if applied:
+            self._ds.step()
+            assert self._ds.was_step_applied(), "DeepSpeed skipped an update that was admitted"
+            decay = ema_decay_at(self.step, self.config.ema.decay, self.config.ema.warmup)
+            ema_update_(self._ema, self._masters, decay)
+            self.step += 1
+        else:
+            self._discard_gradients()
+        return StepResult(loss_mean, grad_norm, lr, raised, applied, own_loss.item())
+
+    def _discard_gradients(self) -> None:
+        """Drop what was accumulated, and begin an update anew.
+
+        Under ZeRO by DeepSpeed's own path for a gradient that is not finite, which leaves its counters and buffers as
+        after any update: this gradient is made such a one.
+        """
+        if self.config.zero.stage == 0:  # here DeepSpeed has no such path
+            self._ds.zero_grad()
+            self._ds.micro_steps += 1
+            return
+        gradients = self._local_gradients()
+        for gradient in gradients:
+            gradient.fill_(math.nan)
         self._ds.step()
-        assert self._ds.was_step_applied(), "DeepSpeed skipped an update whose gradient is finite"
-        ema_update_(self._ema, self._masters, ema_decay_at(self.step, self.config.ema.decay, self.config.ema.warmup))
-        self.step += 1
-        return StepResult(loss_mean, grad_norm, lr, raised)
+        assert not self._ds.was_step_applied(), "DeepSpeed made an update that was not admitted"
+        for gradient in gradients:
+            gradient.zero_()  # under ZeRO-3 these are buffers, whose padding nothing else would write
 
     @torch.no_grad()
     def forward_only(self, compute: Callable[[nn.Module], Any]) -> Any:

@@ -54,7 +54,7 @@ class CheckpointError(UserError):
 
 
 class NumericalError(UserError):
-    """A loss or gradient is not finite."""
+    """Training diverged: a loss or gradient is not finite, or a loss leapt; or features are not finite."""
 
     exit_code = 70
 

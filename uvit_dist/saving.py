@@ -43,7 +43,7 @@ class Saver:
         config: CheckpointConfig,
         ranks: Ranks,
         saved: int = -1,
-        on_commit: Callable[[Path], None] = lambda path: None,
+        on_commit: Callable[[Path], None] | None = None,
     ) -> None:
         self._run_dir, self._config, self._ranks, self._on_commit = run_dir, config, ranks, on_commit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -166,7 +166,8 @@ class Saver:
             storage.remove_tree(checkpoint.temporary(self._run_dir, manifest["step"]))
             return str(error)
         try:
-            self._on_commit(path)
+            if self._on_commit is not None:
+                self._on_commit(path)
             checkpoint.retain(self._run_dir, manifest["step"], self._config)
         except Exception as error:  # noqa: BLE001 - the checkpoint is committed, which is what counts
             log.warning("%s: older checkpoints were not cleaned up (%s)", path.parent, error)

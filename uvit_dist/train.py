@@ -6,29 +6,32 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uvit_dist import __version__, checkpoint, dist, preflight, storage
+from uvit_dist import checkpoint, dist, preflight, storage
 from uvit_dist.config import Config
-from uvit_dist.config_yaml import dump_config
+from uvit_dist.config_rules import micro_batch_size
+from uvit_dist.copier import Copier
 from uvit_dist.data.batch import Batch
 from uvit_dist.data.journal import Journal
 from uvit_dist.data.loader import ShardLoader
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.dist import Ranks
+from uvit_dist.divergence import recover
 from uvit_dist.engine import Engine, StepResult
-from uvit_dist.errors import DataError
 from uvit_dist.export_weights import export_weights
 from uvit_dist.loss import Example, LossByTime, Objective, Trace
 from uvit_dist.metrics import MetricsLog, Progress
 from uvit_dist.models.uvit import UViT
 from uvit_dist.preemption import StopFlag
+from uvit_dist.resuming import State, make_manifest, resume
+from uvit_dist.saving import Saver
 from uvit_dist.validation import Validation
 from uvit_dist.weights import adapt, check_same_noise, load_weights
 
@@ -44,12 +47,12 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     index, held_out = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
     plan = preflight.make_plan(config, index)
     engine = Engine(initial_network(config, ranks), config, ranks)
-    journal = resume(engine, config, index, ranks)
+    journal, guard, validated = resume(engine, config, index, ranks)
     loader = open_loader(config, index, plan, ranks, engine.step, journal)
     objective = Objective(config, preflight.empty_context(index))
     validation = Validation(config, held_out, objective, ranks) if held_out is not None else None
-    report = Report(config, ranks, engine.step)
-    saved_at = engine.step
+    report, copier = Report(config, ranks, engine.step), open_copier(config, ranks)
+    saver = Saver(config.run_dir, config.checkpoint, ranks, engine.step, copier.submit if copier else None)
 
     def loss_of(net: nn.Module, batch: Batch) -> Tensor:
         example = objective.example(batch)
@@ -57,36 +60,71 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         report.after_forward(batch.ids, example, losses, objective)
         return losses.mean()
 
-    def save() -> int:
-        manifest = make_manifest(engine.step, engine.shapes, plan, config, index, loader.journal)
-        checkpoint.save(config.run_dir, engine.local_state(), manifest, ranks, config.checkpoint.keep)
-        return engine.step
+    def save() -> None:
+        state = State(engine.step, loader.journal, guard, validated)
+        saver.begin(engine.local_state(), make_manifest(state, engine.shapes, plan, config, index))
 
     stopped = False
     while engine.step < config.train.steps and not stopped:
         with report.waiting():
             batch = next(loader)
-        flags = (stop.raised, bool(batch.damage))
-        result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, flags)
-        stopped, damaged = result.flags
+        flags = (stop.raised, bool(batch.damage), saver.busy)
+        result = engine.train_step(list(micro_batches(batch, config, ranks)), loss_of, guard.admits, flags)
+        stopped, damaged, saving = result.flags
+        saver.after_step(saving)
         if damaged:
             loader.adopt(agreed(loader.journal, batch, config, index))
-        told = {}
+        if not result.applied:
+            saver.finish()
+            guard = recover(engine, loader, guard, batch, result)
+            saver.saved = min(saver.saved, engine.step)
+            report.forget(engine.step)
+            continue
+        guard, told = guard.applied(result.loss), dict[str, Any]()
         if validation is not None and validation.due(engine.step) and not stopped:
             with report.aside():
                 told = validation.run(engine)
+            validated = told["validation_loss"]
         report.after_step(engine.step, batch.epoch, result, told)
         if engine.step % config.checkpoint.every == 0:
-            saved_at = save()
-    if saved_at != engine.step:
+            save()
+    if saver.saved != engine.step:
         save()
-    loader.close()
-    report.close()
     complete = engine.step >= config.train.steps
+    end(saver, copier, loader, report, complete)
     if complete and ranks.is_main:
         export_weights(config.run_dir, Path(config.run_dir, "ema.safetensors"), "ema")
     log.info("%s after step %d", "complete" if complete else "stopped, and saved,", engine.step)
     return complete
+
+
+def open_copier(config: Config, ranks: Ranks) -> Copier | None:
+    """What copies checkpoints to their second home, on rank 0, where there is one.
+
+    At home stay the newest ``checkpoint.keep`` and what the run keeps here.
+    """
+    home = config.checkpoint.copy_to
+    if home is None or not ranks.is_main:
+        return None
+    parent = checkpoint.checkpoints_dir(config.run_dir)
+
+    def choose(names: list[str]) -> list[str]:
+        return [*names[: config.checkpoint.keep], *(name for name in names if (parent / name).exists())]
+
+    return Copier(home, choose)
+
+
+def end(saver: Saver, copier: Copier | None, loader: ShardLoader, report: Report, complete: bool) -> None:
+    """Wait for the last save, and, if the training is complete, for its copy. A collective call.
+
+    Raises ``OutputError`` on every rank where it cannot be written.
+    """
+    saver.finish(must_succeed=True)
+    saver.close()
+    loader.close()
+    report.close()
+    if copier is not None:
+        copier.close(wait=complete)
 
 
 def open_loader(
@@ -134,101 +172,10 @@ def initial_network(config: Config, ranks: Ranks) -> UViT:
     return net
 
 
-def micro_batches(batch: Batch, config: Config, device: torch.device) -> Iterator[Batch]:
-    """A rank's batch in pieces of ``train.micro_batch_size``, on the device."""
-    size = config.train.micro_batch_size
-    return (batch.to(device, slice(first, first + size)) for first in range(0, len(batch.ids), size))
-
-
-def make_manifest(
-    step: int, shapes: Mapping[str, Sequence[int]], plan: Plan, config: Config, index: ShardIndex, journal: Journal
-) -> dict[str, Any]:
-    """What a checkpoint says of itself: three integers of state, and what a resumed run must agree with.
-
-    step: updates made; shapes: of the parameters, by name.
-    """
-    epoch, step_in_epoch = plan.position(journal.plan_step(step))
-    return {
-        "step": step,
-        "epoch": epoch,
-        "step_in_epoch": step_in_epoch,
-        "samples_seen": step * config.train.global_batch_size,
-        "must_agree": must_agree(config, index),
-        "journal": journal.to_dict(),
-        "config": config.model_dump(mode="json"),
-        "text_encoder": index.provenance.text.encoder_fingerprint if index.provenance.text else None,
-        "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "versions": {"uvit_dist": __version__, "torch": torch.__version__},
-    }
-
-
-def must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
-    """What a resumed run must agree with: what decides the order of samples and the meaning of the weights."""
-    return {
-        "sha256 of data.index": index.sha256,
-        "seed": config.seed,
-        "train.global_batch_size": config.train.global_batch_size,
-        "data.lanes": config.data.lanes,
-        "data.block_size": config.data.block_size,
-        # how activations are recomputed is no part of what the weights mean
-        "model": config.model.model_dump(mode="json", exclude={"use_checkpoint"}),
-        "diffusion": config.diffusion.model_dump(mode="json"),
-        "data.mirror": config.data.mirror,
-        "autoencoder.scale_factor": config.autoencoder.scale_factor if config.autoencoder else None,
-    }
-
-
-def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> Journal:
-    """Load the newest whole checkpoint into the engine, if the run has one. Returns its journal. A collective call.
-
-    The configuration becomes the run's ``config.yaml`` only once it is accepted; what it changes is logged.
-    Raises ``CheckpointError`` where there are checkpoints and none is whole, ``DataError`` where the configuration
-    differs from the checkpoint's in what decides the order of samples or the meaning of the weights.
-    """
-
-    def choose() -> Path | None:
-        path = checkpoint.newest_whole(config.run_dir, config.checkpoint.verify)
-        if path is not None:
-            manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-            saved = manifest["must_agree"]
-            ours = must_agree(config, index)
-            wrong = [
-                f"{key}: the checkpoint says {saved.get(key)}, this run {ours[key]}"
-                for key in ours
-                if saved.get(key) != ours[key]
-            ]
-            if wrong:
-                raise DataError(
-                    f"{path} cannot be resumed with this configuration:\n  "
-                    + "\n  ".join(wrong)
-                    + "\nSet these back, or use another run_dir to start anew."
-                )
-            for change in _changes(manifest["config"], config.model_dump(mode="json")):
-                log.info("changed since the checkpoint: %s", change)
-            checkpoint.set_aside_newer(path)
-        storage.write_bytes(storage.join(config.run_dir, "config.yaml"), dump_config(config).encode())
-        return path
-
-    path = dist.on_main(ranks, choose)
-    if path is None:
-        log.info("%s holds no checkpoint: this is step 0", config.run_dir)
-        return Journal()
-    reader = checkpoint.CheckpointReader(path)
-    engine.load_state(reader.read, reader.manifest["step"])
-    log.info("resumed from %s", path)
-    journal = Journal.from_dict(reader.manifest["journal"])
-    for shard in journal.quarantined_shards:
-        log.warning("%s is in quarantine from the data of step %d on: %s", shard.name, shard.from_step, shard.reason)
-    return journal
-
-
-def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """The values that differ between two dumped configurations, each with its full key."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in now:
-            yield from _changes(before.get(name), now[name], f"{key}.{name}" if key else name)
-    elif before != now:
-        yield f"{key} from {before} to {now}"
+def micro_batches(batch: Batch, config: Config, ranks: Ranks) -> Iterator[Batch]:
+    """A rank's batch in micro-batches, on the device."""
+    size = micro_batch_size(config.train, ranks.world_size)
+    return (batch.to(ranks.device, slice(first, first + size)) for first in range(0, len(batch.ids), size))
 
 
 class Report:
@@ -240,9 +187,9 @@ class Report:
         self._by_time = LossByTime(config.train.timestep_bins, ranks.device)
         self._metrics = MetricsLog(config.run_dir, config.model_dump(mode="json")) if ranks.is_main else None
         self._progress = Progress(first_step, config.train.steps, ranks.is_main)
-        self._losses: list[float] = []
-        self._since = time.monotonic()
-        self._waited = 0.0
+        self._step, self._losses = first_step, list[float]()
+        self._places: list[tuple[Tensor, Tensor]] = []
+        self._since, self._waited = time.monotonic(), 0.0
         self._read = storage.COUNTS.snapshot()
 
     @contextlib.contextmanager
@@ -262,16 +209,33 @@ class Report:
     def after_forward(self, ids: Tensor, example: Example, losses: Tensor, objective: Objective) -> None:
         """Note a micro-batch: its ids (B,), what the network was asked, and the losses (B,)."""
         if self._by_time.bins:
-            self._by_time.add(losses, objective.schedule.elapsed(example.time))
+            self._places.append((losses.detach(), objective.schedule.elapsed(example.time)))
         if self.trace is not None:
             self.trace.add(ids, example)
+
+    def forget(self, step: int) -> None:
+        """Note that the last step was not applied, and where the run has gone back to ``step``, all since the record.
+
+        step: updates made.
+        """
+        self._places.clear()
+        if self.trace is not None:
+            self.trace.rows = []
+        if step < self._step:
+            self._by_time.take(lambda sums: sums)
+            self._losses, self._since, self._waited = [], time.monotonic(), 0.0
+            self._step = step
 
     def after_step(self, step: int, epoch: int, result: StepResult, validation: dict[str, Any]) -> None:
         """Note an update; every ``train.log_every`` of them, and after a validation, one record is written.
 
         step: updates made. A collective call.
         """
+        self._step = step
         self._losses.append(result.loss)
+        for losses, places in self._places:
+            self._by_time.add(losses, places)
+        self._places.clear()
         record = None
         if step % self.config.train.log_every == 0 or step == self.config.train.steps or validation:
             now = time.monotonic()

@@ -1,6 +1,7 @@
 """The engine against plain torch: AdamW, accumulation, clipping and EMA are what they say, at every ZeRO stage."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -33,6 +34,38 @@ def loss_of(net, batch):
     return (net(x, timesteps, y=labels).float() - noise).square().mean()
 
 
+def always(loss, grad_norm):
+    return True
+
+
+def refusing_job(config, refused):
+    """The same steps; before each that is named, one that is refused, of a loss as named on the last rank."""
+    from uvit_dist import dist
+    from uvit_dist.engine import Engine
+
+    ranks = dist.ranks_from_environment()
+    dist.start(ranks, 60)
+    engine = Engine(network(config), config, ranks)
+    results, seen, size, micro = [], [], 24 // ranks.world_size, config.train.micro_batch_size
+    for step, batch in enumerate(batches()):
+        mine = [part[ranks.rank * size : (ranks.rank + 1) * size] for part in batch]
+        pieces = [tuple(part[first : first + micro] for part in mine) for first in range(0, size, micro)]
+        for factor in refused.get(step, ()):
+            factor = factor if ranks.rank == ranks.world_size - 1 else 1.0
+            other = [(x * 2, *rest) for x, *rest in pieces]
+            result = engine.train_step(other, lambda net, batch, by=factor: loss_of(net, batch) * by, refuse)
+            assert (result.applied, engine.step) == (False, step)
+            seen.append((result.loss, result.grad_norm, result.own_loss))
+        result = engine.train_step(pieces, loss_of, lambda loss, norm: math.isfinite(loss + norm))
+        assert (result.applied, engine.step) == (True, step + 1)
+        results.append((result.loss, result.grad_norm))
+    return results, {key: value.clone() for key, value in engine.local_state().items()}, seen
+
+
+def refuse(loss, grad_norm):
+    return False
+
+
 def engine_job(config):
     """A few steps on every rank. Returns losses, gradient norms, and this rank's state."""
     from uvit_dist import dist
@@ -46,7 +79,7 @@ def engine_job(config):
     for batch in batches():
         mine = [part[ranks.rank * size : (ranks.rank + 1) * size] for part in batch]
         pieces = [tuple(part[first : first + micro] for part in mine) for first in range(0, size, micro)]
-        result = engine.train_step(pieces, loss_of, flags=(ranks.rank == 1, False))
+        result = engine.train_step(pieces, loss_of, always, flags=(ranks.rank == 1, False))
         results.append((result.loss, result.grad_norm, result.flags))
     return results, {key: value.clone() for key, value in engine.local_state().items()}, start
 
@@ -143,3 +176,24 @@ def test_under_autocast_accumulation_equals_ranks_exactly(config_of):
     assert [loss for loss, *_ in one] == pytest.approx([loss for loss, *_ in two[0][0]], rel=1e-7)
     together, alone = whole([state for _, state, _ in two]), whole([alone])
     assert all(torch.equal(together[key], value) for key, value in alone.items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"), [*(("fp32", stage) for stage in range(4)), *(("bf16", stage) for stage in range(1, 4))]
+)
+def test_a_refused_step_leaves_no_trace(config_of, precision, stage):
+    """Not finite on one rank, or refused for its loss: with several micro-batches and clipping, bit for bit."""
+    config = config_of(f"zero.stage={stage}", f"train.precision={precision}", "optimizer.clip_grad_norm=0.05",
+                       "train.micro_batch_size=4", "model.use_checkpoint=true")  # fmt: skip
+    straight = run_ranks(refusing_job, 2, config, {})
+    told = run_ranks(refusing_job, 2, config, {0: [1.0], 2: [math.nan, math.inf], 4: [1000.0, math.nan]})
+    assert [results for results, *_ in told] == [results for results, *_ in straight]
+    for (_, ours, _), (_, theirs, _) in zip(told, straight, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    (_, _, first), (_, _, second) = told
+    assert [seen[:2] for seen in first if math.isfinite(seen[0])] == [s[:2] for s in second if math.isfinite(s[0])]
+    assert [math.isfinite(loss) for loss, *_ in first] == [True, False, False, True, False], "seen by all"
+    assert [math.isfinite(norm) for _, norm, _ in first] == [True, False, False, True, False]
+    assert all(math.isfinite(own) for *_, own in first)
+    assert [math.isfinite(own) for *_, own in second] == [True, False, False, True, False], "each rank's own"

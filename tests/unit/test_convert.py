@@ -142,14 +142,16 @@ def test_a_whole_training_state_comes_in_and_goes_out_as_it_was(config, official
 
 
 def test_the_manifest_is_what_training_writes(config, official):
-    from uvit_dist import train
-    from uvit_dist.engine import KINDS
+    from uvit_dist import resuming
+    from uvit_dist.guard import Guard
     from uvit_dist.preflight import make_plan
 
     path = convert.import_checkpoint(official.directory, config)
     manifest = json.loads((path / "manifest.json").read_text())
     shapes = {name: p.shape for name, p in official.net.named_parameters()}
-    ours = train.make_manifest(STEPS, shapes, make_plan(config, INDEX), config, INDEX, Journal())
+    ours = resuming.make_manifest(
+        resuming.State(STEPS, Journal(), Guard(config.guard)), shapes, make_plan(config, INDEX), config, INDEX
+    )
     assert {key: manifest[key] for key in ours} == json.loads(json.dumps(ours))
     assert set(manifest) - set(ours) == {"version", "world_size", "files"}
     with safe_open(path / "rank-00000.safetensors", framework="pt") as file:

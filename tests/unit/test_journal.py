@@ -88,6 +88,27 @@ def test_skipped_steps_are_left_out_of_the_stream(index_path):  # noqa: F811
     assert run(index_path, 1, 6, journal, 5)[0] == [whole[7], whole[8], *whole[10:14]]
 
 
+@pytest.mark.parametrize(("threads", "ahead"), [(0, 0), (5, 3)])
+def test_what_is_skipped_as_it_is_met_is_as_if_it_had_never_been_planned(index_path, threads, ahead):  # noqa: F811
+    """Left out: step 4 after it was served, then, gone back from step 7 to the update 2, the steps 2…8 with it."""
+    batches = loader(index_path, read_threads=threads, prefetch_blocks=ahead)
+    served = [next(batches).step for _ in range(5)]
+    batches.adopt(batches.journal.skipping(4, 4), 4)
+    served += [next(batches).step for _ in range(4)]
+    assert served == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    batches.adopt(batches.journal.skipping(2, 8), 2)
+    assert batches.journal == Journal().skipping(2, 8)
+    planned = loader(index_path, 2, journal=Journal().skipping(2, 8))
+    for _ in range(12):
+        ours, theirs = next(batches), next(planned)
+        assert ours.step == theirs.step
+        assert torch.equal(ours.ids, theirs.ids)
+        assert torch.equal(ours.labels, ours.ids % 10)
+        assert torch.equal(ours.data, theirs.data)
+    with pytest.raises(AssertionError, match="forwards"):
+        batches.adopt(batches.journal, 3)
+
+
 def test_skipped_ranges_merge_and_updates_map_to_the_steps_that_are_left():
     journal = Journal().skipping(5, 6).skipping(2, 2).skipping(7, 8).skipping(6, 7)
     assert journal.skipped_steps == ((2, 2), (5, 8))

@@ -67,10 +67,18 @@ class ShardLoader:
         self._ahead = prefetch_blocks if read_threads else 0
         self._blocks: dict[tuple[int, int, int], _Block] = {}
         self._memory, self._rows = RowsPool(index.provenance), dict[int, Rows]()
+        self._next_in_plan = 0
 
-    def adopt(self, journal: Journal) -> None:
-        """Go on by a journal that all ranks have agreed on. What is read already is replaced where need be."""
+    def adopt(self, journal: Journal, step: int | None = None) -> None:
+        """Go on by a journal that all ranks have agreed on. What is read already is replaced where need be.
+
+        step: the update to serve next, where it is not the one after the last. In the plan there is no way back: the
+        journal must leave out what has been served.
+        """
         self.journal = journal
+        if step is not None:
+            assert journal.plan_step(step) >= self._next_in_plan, "the plan is served forwards alone"
+            self.step = step
 
     def __iter__(self) -> ShardLoader:
         return self
@@ -82,7 +90,7 @@ class ShardLoader:
         self._forget_before(epoch, place // self.plan.block_size, step)
         self._read_ahead(epoch, place, step)
         batch = self._assemble(step, epoch, place)
-        self.step += 1
+        self.step, self._next_in_plan = self.step + 1, step + 1
         return batch
 
     def close(self) -> None:
