@@ -45,7 +45,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """function(*args) on every rank, with the environment of a launcher. Returns what the ranks return, in order."""
     with tempfile.TemporaryDirectory() as directory:
         port = free_port()
-        aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # newer than the server
+        newer = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "UVIT_"))}
         outs = [Path(directory, f"{rank}.pt") for rank in range(world_size)]
         logs = [Path(directory, f"{rank}.log") for rank in range(world_size)]
         processes = [
@@ -53,7 +53,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 target=_rank_main,
                 args=(
                     function,
-                    {**aws, **rank_environment(rank, world_size, port)},
+                    {**newer, **rank_environment(rank, world_size, port)},
                     str(logs[rank]),
                     str(outs[rank]),
                     args,

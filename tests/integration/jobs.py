@@ -67,3 +67,20 @@ def evaluate_job(config: Config, last_unit: int | None = None) -> Any:
         return evaluate(config, ranks)
     except UserError as error:
         return f"{type(error).__name__} {error.exit_code}: {error}"
+
+
+def loaded_state(config: Config) -> dict[str, Any]:
+    """What this rank's engine holds of the state after it was resumed: "kind/name/start" → flat tensor (n,)."""
+    from uvit_dist import preflight
+    from uvit_dist.engine import Engine
+    from uvit_dist.resuming import resume
+    from uvit_dist.train import initial_network
+
+    ranks = dist.ranks_from_environment()
+    dist.start(ranks, 60)
+    index, _ = preflight.check_training(config, ranks.world_size)
+    engine = Engine(initial_network(config, ranks), config, ranks)
+    resume(engine, config, index, ranks)
+    state = {key: value.clone() for key, value in engine.local_state().items()}
+    dist.stop()
+    return state

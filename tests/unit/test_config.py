@@ -59,8 +59,7 @@ def test_types_are_strict_but_yaml_numbers_are_numbers():
     ("overrides", "message"),
     [
         (["train.global_batch_size=60"], "train.global_batch_size 60 must be divisible by data.lanes 8"),
-        (["train.micro_batch_size=24"], "must be divisible by train.micro_batch_size x ranks = 24 x 2 = 48"),
-        (["launch.processes_per_node=3"], "3 ranks must divide data.lanes 8; valid numbers of ranks: [1, 2]"),
+        (["launch.processes_per_node=3"], "3 ranks must divide data.lanes 8; valid numbers of ranks: [1, 2, 4, 8]"),
         (["model.num_heads=3"], "model: embed_dim 128 must be divisible by num_heads 3"),
         (["diffusion.null_label=11"], "diffusion.null_label 11 must be the last label, 10 = model.num_classes - 1"),
         (["diffusion.null_label=null"], "sample.cfg_scale 1.5 needs diffusion.null_label"),
@@ -180,3 +179,10 @@ def test_every_key_is_described():
 
 def test_the_nearest_name_is_found_in_optional_sections():
     assert "autoencoder.encoders: no such key; did you mean autoencoder.encoder?" in mistakes("autoencoder.encoders=x")
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "found"), [(24, 6, 2, 6), (24, 6, 3, 4), (24, 24, 2, 12), (24, 5, 1, 4), (26, 4, 2, 1)]
+)
+def test_a_rank_s_batch_is_cut_as_large_as_asked_for_and_evenly(batch, micro, ranks, found):
+    assert micro_batch_size(SimpleNamespace(global_batch_size=batch, micro_batch_size=micro), ranks) == found

@@ -143,6 +143,7 @@ def test_a_whole_training_state_comes_in_and_goes_out_as_it_was(config, official
 
 def test_the_manifest_is_what_training_writes(config, official):
     from uvit_dist import resuming
+    from uvit_dist.engine import KINDS
     from uvit_dist.guard import Guard
     from uvit_dist.preflight import make_plan
 
