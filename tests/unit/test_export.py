@@ -228,6 +228,6 @@ def test_memory_is_bounded_whatever_the_size_of_the_model(tmp_path):
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "small"), str(tmp_path / "big")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert (tmp_path / "big/out").stat().st_size > 288 * MiB
-    assert int(done.stdout) < 120 * MiB, f"{int(done.stdout) / MiB:.0f} MiB"
+    assert int(done.stdout) < 160 * MiB, f"{int(done.stdout) / MiB:.0f} MiB"
     with safe_open(tmp_path / "big/out", framework="pt") as file:
         assert file.get_slice("b")[6 * MiB - 1 : 6 * MiB + 1].tolist() == [0.0, 1.0]
