@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from uvit_dist import checkpoint, dist, preflight, storage
+from uvit_dist import checkpoint, dist, preflight, safetensors_stream, storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.data.journal import Journal
@@ -35,8 +34,12 @@ from uvit_dist.dist import Ranks
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UserError, explained_exit
 from uvit_dist.guard import Guard
 from uvit_dist.models.uvit import UViT
+<<<<<<< HEAD
 from uvit_dist.saving import save_now
 from uvit_dist.weights import Kind, differences, find_checkpoint, listed, load_weights
+=======
+from uvit_dist.weights import XXH3, Kind, differences, find_checkpoint, listed, load_weights
+>>>>>>> helper-e
 
 FILE_OF_KIND = {"master": "nnet.pth", "ema": "nnet_ema.pth"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -176,7 +179,8 @@ def import_weights(source: Path, config: Config, out: Path) -> int:
         "step": str(step),
         "kind": "ema",
     }
-    storage.write_bytes(str(out), to_safetensors(tensors, metadata))
+    layouts = {key: (value.dtype, value.shape) for key, value in tensors.items()}
+    safetensors_stream.write(str(out), layouts, lambda key: [tensors[key]], metadata, XXH3)
     return step
 
 

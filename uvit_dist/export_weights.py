@@ -23,7 +23,8 @@ from uvit_dist.weights import XXH3, Kind, find_checkpoint, fingerprint_of
 PIECE = 4 << 20
 """Elements that are read at once."""
 MAPPED = 32 << 20
-"""Bytes read after which the mapped files are let go: what was read of them counts as memory of the process."""
+"""Bytes read after which the mapped files are let go: what was read of them counts as memory of the process, and of
+each file up to some MB beside it."""
 
 
 def export_weights(

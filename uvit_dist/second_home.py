@@ -2,7 +2,7 @@
 
 ``home/step-00000500/`` holds the files of the checkpoint as they are. Its ``manifest.json`` is put last, when all else
 has been read back and agrees with its hashes: it is the commit. Nothing that came through a network is called damaged
-before it was read several times.
+before two readings of it were alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Verify = Literal["size", "hash"]
 AT_ONCE = 4
 """Files that are copied beside each other."""
 TRIES = 4
-"""Readings of what does not agree with its hash, or is not there, before it is called damaged."""
+"""Readings of a part that is not there, or never twice alike, before it is called damaged."""
 UPLOADS = 2
 """Uploads of a file before its second home is given up."""
 PAUSE_S = 0.1
@@ -289,35 +289,55 @@ def _read_manifest(where: str) -> bytes:
 
 
 def _read(url: str, record: FileRecord, into: IO[bytes] | None = None) -> str | None:
-    """Read a file, again if need be, until it agrees with its record. Returns why it never does, or none."""
-    for attempt in range(TRIES):
-        time.sleep(PAUSE_S * attempt)
-        hasher = xxhash.xxh3_128()
-        if into is not None:
-            into.seek(0)
-        try:
+    """Read a file, and where it differs from its record, once more, until of each part two readings are alike.
+
+    Returns why it is not as its record says, or none.
+    """
+    digests: dict[int, bytes] = {}
+    try:
+        for again in (False, True):
+            hasher, offset = xxhash.xxh3_128(), 0
+            if into is not None:
+                into.seek(0)
             for part in _parts(url, record.size):
+                if again:
+                    part = _agreed(url, offset, part, digests[offset])
+                digests[offset] = xxhash.xxh3_128_digest(part)
+                offset += len(part)
                 hasher.update(part)
                 if into is not None:
                     into.write(part)
-        except NoSuchFileError:
-            return f"{record.name} is missing"
-        except DataError:
-            return f"{record.name} ends before byte {record.size}, where the manifest has its end"
-        if hasher.hexdigest() == record.xxh3:
-            return None
-        log.info("%s: differs from its hash; reading it again", url)
+            if hasher.hexdigest() == record.xxh3:
+                return None
+            log.info("%s: differs from its hash%s", url, "" if again else "; reading it again")
+    except NoSuchFileError:
+        return f"{record.name} is missing"
+    except DataError:
+        return f"{record.name} cannot be read to its byte {record.size}, where the manifest has its end"
     return f"{record.name} differs from its hash in the manifest"
 
 
-def _parts(url: str, size: int) -> Iterator[bytes]:
+def _agreed(url: str, offset: int, part: bytes, digest: bytes) -> bytes:
+    """The part at an offset as two readings have it. digest: of an earlier one. Raises ``DataError``."""
+    seen = {digest}
+    for attempt in range(TRIES):
+        digest = xxhash.xxh3_128_digest(part)
+        if digest in seen:
+            return part
+        seen.add(digest)
+        time.sleep(PAUSE_S * attempt)
+        part = b"".join(_parts(url, offset + len(part), offset))
+    raise DataError(f"{url}: every reading of its bytes from {offset} on differs")
+
+
+def _parts(url: str, end: int, first: int = 0) -> Iterator[bytes]:
     """A file in order; what is said not to be there is asked for again. Raises ``NoSuchFileError``, ``DataError``."""
-    done, failures = 0, 0
-    while done < size:
+    failures = 0
+    while first < end:
         try:
-            for part in storage.stream(url, size, first=done):
+            for part in storage.stream(url, end, first=first):
                 yield part
-                done, failures = done + len(part), 0
+                first, failures = first + len(part), 0
         except (NoSuchFileError, DataError):
             failures += 1
             if failures == TRIES:

@@ -4,7 +4,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def assert_same(run_dir, whole):
 
 def asked(point):
     """The fault at a point of the third save, of step 6 (the second that retires another)."""
-    time = {"block": 9, "retiring": 1}.get(point, 3)
+    time = {"block": 6, "retiring": 1}.get(point, 3)
     return f"sigkill@rank{POINTS[point]},save:{point}#{time}"
 
 

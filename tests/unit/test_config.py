@@ -3,10 +3,12 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests.tiny import DEMO, ROOT
+from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.config_yaml import dump_config, load_config
 from uvit_dist.errors import ConfigError
 

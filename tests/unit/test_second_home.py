@@ -194,6 +194,25 @@ def test_a_reading_that_is_wrong_is_read_again_before_it_is_called_damaged(home,
     assert content(second_home.bring_back(home, tmp_path / "b")) == content(directory)
 
 
+def test_flips_in_any_part_of_any_reading_are_mended_part_by_part(home, tmp_path, monkeypatch):
+    directory, read_range, readings = make(tmp_path / "a", 5), storage.files.read_range, {}
+
+    def unsteady(path, offset, length, cache_as=None):
+        data = read_range(path, offset, length, cache_as)
+        number = readings[path, offset] = readings.get((path, offset), -1) + 1
+        wrong = every == 1 or (offset // 64 + number) % every == 0
+        return bytes([data[0] ^ (1 + number), *data[1:]]) if path.endswith("1.safetensors") and wrong else data
+
+    second_home.copy_out(directory, home)
+    monkeypatch.setattr(storage.files, "PART", 64)
+    monkeypatch.setattr(storage.files, "read_range", unsteady)
+    every = 3
+    assert content(second_home.bring_back(home, tmp_path / "b")) == content(directory)
+    every = 1
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors cannot be read to its byte \d+"):
+        second_home.fetch(home, "step-00000005", tmp_path / "c")
+
+
 def test_a_damaged_one_is_not_copied_and_a_storage_that_changes_bytes_is_told(home, tmp_path, monkeypatch):
     directory = make(tmp_path / "a", 5)
     upload = storage.upload

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from uvit_dist import storage
-from uvit_dist.errors import DataError, MissingInputError, OutputError
+from uvit_dist.config import StorageConfig
+from uvit_dist.errors import DataError, MissingInputError, OutputError, UnavailableError
 
 
 @pytest.fixture(params=["path", "file URL", "memory URL"])
@@ -121,3 +122,39 @@ def test_weights_are_local_or_fetched_once_and_checked(tmp_path, monkeypatch):
         storage.local_weights(f"memory://{tmp_path.name}/none.pth", digest, "text.encoder", "get it")
     with pytest.raises(MissingInputError, match="cannot be fetched"):
         storage.local_weights("nonsense://x/none.pth", digest, "text.encoder", "get it")
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_file_is_uploaded_as_it_is(base, tmp_path, url):
+    (tmp_path / "local").write_bytes(b"0123456789" * 1000)
+    target = storage.join(base, "below", "a.bin") if url else str(tmp_path / "below" / "a.bin")
+    (tmp_path / "below").mkdir()
+    storage.upload(str(tmp_path / "local"), target)
+    assert storage.read_bytes(target) == (tmp_path / "local").read_bytes()
+    assert storage.sizes_in(storage.parent(target)) == {"a.bin": 10_000}
+    assert b"".join(storage.stream(target, 10_000, first=9_995)) == b"56789"
+    with pytest.raises(MissingInputError, match="none: no such file"):
+        storage.upload(str(tmp_path / "none"), target)
+
+
+def test_an_upload_that_never_comes_through_whole_ends(tmp_path, monkeypatch):
+    class Loses:
+        tries = 0
+
+        def put_file(self, local, key, callback, **_):
+            self.tries += 1
+            callback.relative_update(10)
+
+        def size(self, key):
+            return 9
+
+    server = Loses()
+    monkeypatch.setattr(storage.remote, "filesystem", lambda path: (server, path))
+    (tmp_path / "local").write_bytes(b"0123456789")
+    storage.configure(StorageConfig(retry_s=0.5))
+    try:
+        with pytest.raises(UnavailableError, match=r"nothing came for 0\.5 seconds .* 9 of 10 bytes arrived"):
+            storage.upload(str(tmp_path / "local"), "s3://bucket/a.bin")
+    finally:
+        storage.configure(StorageConfig())
+    assert server.tries > 1

@@ -231,14 +231,21 @@ def upload(local: str, path: str) -> None:
 
 def _upload(local: str, path: str) -> None:
     """Raises ``OSError`` where the object is not as long as the file."""
+    furthest = 0
 
     def put(progress: remote.Progress) -> None:
+        def note(size: int, value: int) -> None:
+            nonlocal furthest
+            if value > furthest:  # each try begins anew: only what none reached before is progress
+                furthest = value
+                progress.moved()
+
         filesystem, key = remote.filesystem(path)
         options: dict[str, Any] = {}
         if path.startswith("s3://"):
             options["chunksize"] = max(UPLOADED_AT_ONCE, -(-os.path.getsize(local) // 10_000))  # S3's most parts
             options["max_concurrency"] = 4
-            options["callback"] = fsspec.Callback(hooks={"moved": lambda size, value: progress.moved()})
+            options["callback"] = fsspec.Callback(hooks={"moved": note})
         filesystem.put_file(local, key, **options)
         sent, there = os.path.getsize(local), int(filesystem.size(key))
         if there != sent:
