@@ -34,12 +34,8 @@ from uvit_dist.dist import Ranks
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UserError, explained_exit
 from uvit_dist.guard import Guard
 from uvit_dist.models.uvit import UViT
-<<<<<<< HEAD
 from uvit_dist.saving import save_now
-from uvit_dist.weights import Kind, differences, find_checkpoint, listed, load_weights
-=======
 from uvit_dist.weights import XXH3, Kind, differences, find_checkpoint, listed, load_weights
->>>>>>> helper-e
 
 FILE_OF_KIND = {"master": "nnet.pth", "ema": "nnet_ema.pth"}
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -77,10 +77,4 @@ class Copier:
                 log.info("%s: deleted here while it was copied to %s; dropped (%s)", directory, self.home, error)
                 return
             self.last_error = error
-<<<<<<< HEAD
-            log.error(
-                "%s: its copy to %s, or the deletion of older ones there, failed: %s", directory, self.home, error
-            )
-=======
             log.error("%s: copying it to %s, or deleting older ones there, failed: %s", directory, self.home, error)
->>>>>>> helper-e
