@@ -15,6 +15,8 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
+NEWER = ("AWS_", "UVIT_")
+"""Variables that a rank has from the test, not from the fork server."""
 
 
 def free_port() -> int:
@@ -32,6 +34,8 @@ def _rank_main(function: Callable, environment: dict[str, str], log: str, out: s
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    for name in [name for name in os.environ if name.startswith(NEWER)]:
+        del os.environ[name]  # of the fork server, as it was when that started
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
@@ -45,7 +49,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """function(*args) on every rank, with the environment of a launcher. Returns what the ranks return, in order."""
     with tempfile.TemporaryDirectory() as directory:
         port = free_port()
-        newer = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "UVIT_"))}
+        newer = {name: value for name, value in os.environ.items() if name.startswith(NEWER)}
         outs = [Path(directory, f"{rank}.pt") for rank in range(world_size)]
         logs = [Path(directory, f"{rank}.log") for rank in range(world_size)]
         processes = [
