@@ -48,6 +48,32 @@ def set_up_logging(run_dir: str, ranks: Ranks) -> Path:
     return path
 
 
+class JsonLines:
+    """Appends records to a file. On a disk that is full they wait in memory, which is told once: training goes on."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._told = path, False
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._told = False
+        except OSError as error:  # what was not written stays in the file's buffer, for the next time
+            if not self._told:
+                log.error("%s: cannot be written (%s); records wait until there is room", self._path, error)
+            self._told = True
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self._file.close()
+        except OSError as error:
+            log.error("%s: its last records are lost (%s)", self._path, error)
+
+
 class MetricsLog:
     """Appends records to ``metrics.jsonl`` and, if WANDB_API_KEY or WANDB_MODE is set, to W&B.
 
@@ -56,15 +82,14 @@ class MetricsLog:
 
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
         self.path = Path(run_dir, "metrics.jsonl")
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+        self._file = JsonLines(self.path)
         self._wandb: Any = None
         if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
             self._wandb = _start_wandb(run_dir, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; ``step`` counts updates."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.write(record)
         if self._wandb is not None:
             try:
                 self._wandb.log(record, step=record["step"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from uvit_dist.divergence import recover
 from uvit_dist.engine import Engine, StepResult
 from uvit_dist.export_weights import export_weights
 from uvit_dist.loss import Example, LossByTime, Objective, Trace
-from uvit_dist.metrics import MetricsLog, Progress
+from uvit_dist.metrics import JsonLines, MetricsLog, Progress
 from uvit_dist.models.uvit import UViT
 from uvit_dist.preemption import StopFlag
 from uvit_dist.resuming import State, make_manifest, resume
@@ -187,6 +186,7 @@ class Report:
         self._by_time = LossByTime(config.train.timestep_bins, ranks.device)
         self._metrics = MetricsLog(config.run_dir, config.model_dump(mode="json")) if ranks.is_main else None
         self._progress = Progress(first_step, config.train.steps, ranks.is_main)
+        self._traces: JsonLines | None = None
         self._step, self._losses = first_step, list[float]()
         self._places: list[tuple[Tensor, Tensor]] = []
         self._since, self._waited = time.monotonic(), 0.0
@@ -279,12 +279,14 @@ class Report:
         rows = [row for rank_rows in dist.gather(trace.rows) for row in rank_rows]
         trace.rows = []
         if self.ranks.is_main:
-            path = storage.join(self.config.run_dir, "trace.jsonl")
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "samples": rows}) + "\n")
+            if self._traces is None:
+                self._traces = JsonLines(Path(self.config.run_dir, "trace.jsonl"))
+            self._traces.write({"step": step, "samples": rows})
 
     def close(self) -> None:
         """Close the files and the bar."""
         self._progress.close()
+        if self._traces is not None:
+            self._traces.close()
         if self._metrics is not None:
             self._metrics.close()
