@@ -1,4 +1,4 @@
-"""The divergence guard: what becomes of a step, judged by numbers that all ranks share. Pure, and part of every save."""
+"""The divergence guard: what becomes of a step, judged by numbers that all ranks share. A part of every checkpoint."""
 
 from __future__ import annotations
 
