@@ -33,6 +33,7 @@ from uvit_dist.data.journal import Journal
 from uvit_dist.data.shards import read_index
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UserError, explained_exit
+from uvit_dist.guard import Guard
 from uvit_dist.models.uvit import UViT
 from uvit_dist.weights import Kind, differences, find_checkpoint, listed, load_weights
 
@@ -197,7 +198,9 @@ def import_checkpoint(source: Path, config: Config) -> Path:
             )
         kinds = {kind: _read_network(source / name, config) for kind, name in FILE_OF_KIND.items()}
         shapes = {name: value.shape for name, value in kinds["master"].items()}
-        manifest = make_manifest(step, shapes, preflight.make_plan(config, index), config, index, Journal())
+        manifest = make_manifest(
+            step, shapes, preflight.make_plan(config, index), config, index, Journal(), Guard(config.guard)
+        )
         kinds |= _read_moments(source / "optimizer.pth", kinds["master"], step, config)
         state = {f"{kind}/{name}/0": v.flatten() for kind, tensors in kinds.items() for name, v in tensors.items()}
         return _commit(config, state, manifest)

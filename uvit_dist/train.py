@@ -22,8 +22,10 @@ from uvit_dist.data.loader import ShardLoader
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.dist import Ranks
+from uvit_dist.divergence import recover
 from uvit_dist.engine import Engine, StepResult
 from uvit_dist.errors import DataError
+from uvit_dist.guard import Guard
 from uvit_dist.loss import Example, LossByTime, Objective, Trace
 from uvit_dist.metrics import MetricsLog, Progress
 from uvit_dist.models.uvit import UViT
@@ -43,7 +45,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     index, held_out = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
     plan = preflight.make_plan(config, index)
     engine = Engine(initial_network(config, ranks), config, ranks)
-    journal = resume(engine, config, index, ranks)
+    journal, guard = resume(engine, config, index, ranks)
     loader = open_loader(config, index, plan, ranks, engine.step, journal)
     objective = Objective(config, preflight.empty_context(index))
     validation = Validation(config, held_out, objective, ranks) if held_out is not None else None
@@ -57,7 +59,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         return losses.mean()
 
     def save() -> int:
-        manifest = make_manifest(engine.step, engine.shapes, plan, config, index, loader.journal)
+        manifest = make_manifest(engine.step, engine.shapes, plan, config, index, loader.journal, guard)
         checkpoint.save(config.run_dir, engine.local_state(), manifest, ranks, config.checkpoint.keep)
         return engine.step
 
@@ -66,10 +68,16 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         with report.waiting():
             batch = next(loader)
         flags = (stop.raised, bool(batch.damage))
-        result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, flags)
+        result = engine.train_step(list(micro_batches(batch, config, ranks.device)), loss_of, guard.admits, flags)
         stopped, damaged = result.flags
         if damaged:
             loader.adopt(agreed(loader.journal, batch, config, index))
+        if not result.applied:
+            guard = recover(engine, loader, guard, batch, result)
+            saved_at = min(saved_at, engine.step)
+            report.forget(engine.step)
+            continue
+        guard = guard.applied(result.loss)
         told = {}
         if validation is not None and validation.due(engine.step) and not stopped:
             with report.aside():
@@ -140,9 +148,15 @@ def micro_batches(batch: Batch, config: Config, device: torch.device) -> Iterato
 
 
 def make_manifest(
-    step: int, shapes: Mapping[str, Sequence[int]], plan: Plan, config: Config, index: ShardIndex, journal: Journal
+    step: int,
+    shapes: Mapping[str, Sequence[int]],
+    plan: Plan,
+    config: Config,
+    index: ShardIndex,
+    journal: Journal,
+    guard: Guard,
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself: three integers of state, and what a resumed run must agree with.
+    """What a checkpoint says of itself: the state beside the tensors, and what a resumed run must agree with.
 
     step: updates made; shapes: of the parameters, by name.
     """
@@ -154,6 +168,7 @@ def make_manifest(
         "samples_seen": step * config.train.global_batch_size,
         "must_agree": must_agree(config, index),
         "journal": journal.to_dict(),
+        "guard": guard.to_dict(),
         "config": config.model_dump(mode="json"),
         "text_encoder": index.provenance.text.encoder_fingerprint if index.provenance.text else None,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
@@ -177,8 +192,10 @@ def must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
     }
 
 
-def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> Journal:
-    """Load the newest whole checkpoint into the engine, if the run has one. Returns its journal. A collective call.
+def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> tuple[Journal, Guard]:
+    """Load the newest whole checkpoint into the engine, if the run has one. A collective call.
+
+    Returns its journal and guard.
 
     The configuration becomes the run's ``config.yaml`` only once it is accepted; what it changes is logged.
     Raises ``CheckpointError`` where there are checkpoints and none is whole, ``DataError`` where the configuration
@@ -211,14 +228,14 @@ def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> J
     path = dist.on_main(ranks, choose)
     if path is None:
         log.info("%s holds no checkpoint: this is step 0", config.run_dir)
-        return Journal()
+        return Journal(), Guard(config.guard)
     reader = checkpoint.CheckpointReader(path)
     engine.load_state(reader.read, reader.manifest["step"])
     log.info("resumed from %s", path)
     journal = Journal.from_dict(reader.manifest["journal"])
     for shard in journal.quarantined_shards:
         log.warning("%s is in quarantine from the data of step %d on: %s", shard.name, shard.from_step, shard.reason)
-    return journal
+    return journal, Guard.from_dict(config.guard, reader.manifest.get("guard", {}))
 
 
 def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
@@ -239,9 +256,9 @@ class Report:
         self._by_time = LossByTime(config.train.timestep_bins, ranks.device)
         self._metrics = MetricsLog(config.run_dir, config.model_dump(mode="json")) if ranks.is_main else None
         self._progress = Progress(first_step, config.train.steps, ranks.is_main)
-        self._losses: list[float] = []
-        self._since = time.monotonic()
-        self._waited = 0.0
+        self._step, self._losses = first_step, list[float]()
+        self._places: list[tuple[Tensor, Tensor]] = []
+        self._since, self._waited = time.monotonic(), 0.0
         self._read = storage.COUNTS.snapshot()
 
     @contextlib.contextmanager
@@ -261,16 +278,33 @@ class Report:
     def after_forward(self, ids: Tensor, example: Example, losses: Tensor, objective: Objective) -> None:
         """Note a micro-batch: its ids (B,), what the network was asked, and the losses (B,)."""
         if self._by_time.bins:
-            self._by_time.add(losses, objective.schedule.elapsed(example.time))
+            self._places.append((losses.detach(), objective.schedule.elapsed(example.time)))
         if self.trace is not None:
             self.trace.add(ids, example)
+
+    def forget(self, step: int) -> None:
+        """Note that the last step was not applied, and where the run has gone back to ``step``, all since the record.
+
+        step: updates made.
+        """
+        self._places.clear()
+        if self.trace is not None:
+            self.trace.rows = []
+        if step < self._step:
+            self._by_time.take(lambda sums: sums)
+            self._losses, self._since, self._waited = [], time.monotonic(), 0.0
+            self._step = step
 
     def after_step(self, step: int, epoch: int, result: StepResult, validation: dict[str, Any]) -> None:
         """Note an update; every ``train.log_every`` of them, and after a validation, one record is written.
 
         step: updates made. A collective call.
         """
+        self._step = step
         self._losses.append(result.loss)
+        for losses, places in self._places:
+            self._by_time.add(losses, places)
+        self._places.clear()
         record = None
         if step % self.config.train.log_every == 0 or step == self.config.train.steps or validation:
             now = time.monotonic()

@@ -16,6 +16,7 @@ from uvit_dist import checkpoint, convert, storage
 from uvit_dist.config_yaml import dump_config
 from uvit_dist.data.journal import Journal
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UserError
+from uvit_dist.guard import Guard
 from uvit_dist.models.uvit import UViT
 from uvit_dist.weights import load_weights
 
@@ -148,7 +149,7 @@ def test_the_manifest_is_what_training_writes(config, official):
     path = convert.import_checkpoint(official.directory, config)
     manifest = json.loads((path / "manifest.json").read_text())
     shapes = {name: p.shape for name, p in official.net.named_parameters()}
-    ours = train.make_manifest(STEPS, shapes, make_plan(config, INDEX), config, INDEX, Journal())
+    ours = train.make_manifest(STEPS, shapes, make_plan(config, INDEX), config, INDEX, Journal(), Guard(config.guard))
     assert {key: manifest[key] for key in ours} == json.loads(json.dumps(ours))
     assert set(manifest) - set(ours) == {"version", "world_size", "files"}
     with safe_open(path / "rank-00000.safetensors", framework="pt") as file:
