@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from uvit_dist import dist, metrics, storage
+from uvit_dist import train as train_module
 from uvit_dist.config import Config
+from uvit_dist.data.batch import Batch
 from uvit_dist.errors import UserError
+from uvit_dist.loss import Objective
 from uvit_dist.preemption import StopFlag
 from uvit_dist.train import Report, train
 
@@ -26,9 +29,50 @@ def _before(owner: Any, name: str, condition: Callable[..., bool], action: Calla
     setattr(owner, name, wrapped)
 
 
-def train_job(config: Config, fault: str = "none") -> str:
-    """Train as a worker does. fault: what happens to this rank. Returns how it ended."""
+def scale_losses(rank: int, factors: Mapping[int, float], on_rank: int | None) -> None:
+    """Multiply the losses of steps of the plan, on one rank or on all."""
+    batches, losses, step = train_module.micro_batches, Objective.losses, -1
+
+    def micro_batches(batch: Batch, *args: Any) -> Any:
+        nonlocal step
+        step = batch.step
+        return batches(batch, *args)
+
+    def scaled(*args: Any) -> Any:
+        return losses(*args) * (factors.get(step, 1.0) if on_rank in (rank, None) else 1.0)
+
+    train_module.micro_batches = micro_batches
+    Objective.losses = scaled  # type: ignore[method-assign]
+
+
+def skip_from_the_start(first: int, last: int) -> None:
+    """Leave steps of the plan out of the run from its beginning."""
+    resume = train_module.resume
+
+    def resume_skipping(*args: Any) -> Any:
+        journal, guard = resume(*args)
+        return journal.skipping(first, last), guard
+
+    train_module.resume = resume_skipping
+
+
+def train_job(
+    config: Config,
+    fault: str = "none",
+    factors: Mapping[int, float] | None = None,
+    on_rank: int | None = None,
+    skipping: tuple[int, int] | None = None,
+) -> str:
+    """Train as a worker does. Returns how it ended.
+
+    fault: what happens to this rank; factors: of the losses of steps of the plan, on the rank ``on_rank`` or on all;
+    skipping: steps of the plan that are left out from the start.
+    """
     ranks = dist.ranks_from_environment()
+    if factors is not None:
+        scale_losses(ranks.rank, factors, on_rank)
+    if skipping is not None:
+        skip_from_the_start(*skipping)
 
     def end(number: int) -> Callable[[], None]:
         return lambda: os.kill(os.getpid(), number)
