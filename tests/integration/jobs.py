@@ -50,8 +50,8 @@ def skip_from_the_start(first: int, last: int) -> None:
     resume = train_module.resume
 
     def resume_skipping(*args: Any) -> Any:
-        journal, guard = resume(*args)
-        return journal.skipping(first, last), guard
+        journal, *others = resume(*args)
+        return journal.skipping(first, last), *others
 
     train_module.resume = resume_skipping
 
