@@ -17,6 +17,11 @@ CELEBA_ROWS, CELEBA_COLUMNS = (57, 185), (25, 153)
 """128 x 128 pixels about the face in CelebA's aligned images of 178 x 218."""
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """``convert("RGB")``, without the copy that it makes of what is RGB."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def adm_crop(image: Image.Image, size: int) -> Pixels:
     """The centre crop of ADM (Dhariwal and Nichol 2021): halve with BOX while at least twice too large, then BICUBIC.
 
@@ -49,7 +54,7 @@ def fast_adm_crop(image: Image.Image | Pixels, size: int) -> Pixels:
     scale = size / min(width, height)
     width, height = round(width * scale), round(height * scale)
     steps = [*((halved, resample.BOX) for halved in sizes[1:]), ((width, height), resample.BICUBIC)]
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(_rgb(image))
     return resample.resample(pixels, steps, (width - size) // 2, (height - size) // 2, size)
 
 
@@ -77,7 +82,7 @@ def fast_coco_crop(image: Image.Image | Pixels, size: int) -> Pixels:
     """``coco_crop``, byte for byte, of an image or its pixels (H, W, 3). Returns (size, size, 3) uint8."""
     if not resample.agrees_with_pillow():
         return coco_crop(Image.fromarray(image) if isinstance(image, np.ndarray) else image, size)
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(_rgb(image))
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     square = pixels[top : top + side, left : left + side]
