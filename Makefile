@@ -4,6 +4,7 @@
 # make test-s3  the tests against a real S3 server, which they start
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
+# make bench-checkpoint  how long training stands still for a checkpoint
 # make soak  for hours: more seeds of the tests that kill at random
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-shuffle
+.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-checkpoint bench-shuffle
 
 env: $(VENV)/.installed
 
@@ -39,12 +40,16 @@ test-s3: env
 
 soak: env
 	UVIT_DIST_SOAK=50 $(RUN) -m pytest tests/integration/test_precompute.py -k killed_at_random
+	UVIT_DIST_SOAK=100 $(RUN) -m pytest tests/integration/test_checkpoints.py -k killed
 
 bench-data: env
 	$(RUN) -m benchmarks.data --official "$(OFFICIAL)"
 
 bench-precompute: env
 	$(RUN) -m benchmarks.precompute --official "$(OFFICIAL)"
+
+bench-checkpoint: env
+	$(RUN) -m benchmarks.checkpoint
 
 bench-shuffle: env
 	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json

@@ -6,7 +6,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,13 @@ def result(
     found: Mapping[str, Any],
     setting: Mapping[str, Any],
     command: str,
+    at_most: Collection[str] = (),
     **extra: Any,
 ) -> dict[str, Any]:
-    """The record of a comparison. against: the ratio of each round; what limits does not name is in "further"."""
+    """The record of a comparison. against: the ratio of each round; what limits does not name is in "further".
+
+    at_most: the ratios whose limits are from above.
+    """
     medians = {key: statistics.median(values) for key, values in against.items()}
     where = provenance()
     libraries = ("numpy", "webdataset", "obstore", "s3fs", "xxhash")
@@ -64,7 +68,9 @@ def result(
         "measured": {key: medians[key] for key in limits},
         "pass": {key: limit for key, (limit, _) in limits.items()},
         "stretch": {key: limit for key, (_, limit) in limits.items()},
-        "passed": all(gates.values()) and all(medians[key] >= limit for key, (limit, _) in limits.items()),
+        "passed": all(gates.values())
+        and all(medians[key] <= limit if key in at_most else medians[key] >= limit
+                for key, (limit, _) in limits.items()),
         "gate_passed": all(gates.values()),
         "gates": gates,
         "further": {key: value for key, value in medians.items() if key not in limits},

@@ -58,6 +58,11 @@ class Saver:
         """Whether this rank still has something to do for the save under way: a flag for the step's collective."""
         return self._work is not None and not self._work.done()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a save has begun and not ended, on whatever rank: the same on all."""
+        return self._manifest is not None
+
     def begin(self, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         """Start to save. A save that is still under way is waited for first.
 
