@@ -5,8 +5,8 @@
 One rank with 500 MB of state in memory, as 1,200 tensors. The stall: what ``Saver.begin`` and every ``after_step``
 take, against ``torch.save`` of the same tensors and fsync; sides take turns. A step is a product of matrices on one
 thread, so that the other core is the writer's, as on a machine whose steps run on GPUs; its time while a checkpoint is
-written is compared with its time before. The gates: the checkpoint holds the bits of the moment when it began, though the tensors
-change while it is written; a process that is killed at a point in the middle of a save leaves the one before.
+written is compared with its time before. The gates: the checkpoint holds the bits of the moment when it began, though
+the tensors change while it is written; a process that is killed in the middle of a save leaves the one before.
 Exit code 1 above "pass" or where a gate fails.
 """
 
@@ -137,8 +137,8 @@ def victim(directory: str) -> None:
 def measure(directory: Path, count: int) -> dict[str, Any]:
     """The result of C9."""
     dist.start(ALONE, 60)
-    gates = {"reload equals the state at begin, bit for bit": bits_are_those_at_begin(directory / "bits"),
-             "a kill in mid-save leaves the one before": a_kill_leaves_the_one_before(directory / "killed")}  # fmt: skip
+    bits, before = bits_are_those_at_begin(directory / "bits"), a_kill_leaves_the_one_before(directory / "killed")
+    gates = {"reload equals the state at begin, bit for bit": bits, "a kill in mid-save leaves the one before": before}
     torch.set_num_threads(1)
     state, data = make_state(2), (torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE))
     saver = Saver(str(directory / "run"), CheckpointConfig(every=1), ALONE)

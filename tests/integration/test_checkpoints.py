@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.integration.jobs import loaded_state, train_job
+from tests.integration.s3_fixtures import BUCKET, credentials, s3_server  # noqa: F401 - fixtures
 from tests.ranks import run_ranks
 from tests.tiny import losses, same_tensors, saved_state, tiny_config, traces
 from uvit_dist import checkpoint
@@ -54,6 +55,8 @@ def asked(point):
 
 
 CASES = [(1, point) for point in POINTS] + [(s, p) for s in (0, 2, 3) for p in ("copied", "voted", "after_manifest")]
+if "UVIT_DIST_SOAK" in os.environ:
+    CASES = [(stage, point) for stage in (0, 1, 2, 3) for point in POINTS]
 
 
 @pytest.mark.parametrize(("stage", "point"), CASES)
@@ -149,6 +152,31 @@ def test_every_file_damaged_in_turn_is_noticed_before_any_weight_is_used(data_di
         assert same_tensors(in_full(states), before), "the one before it is used"
         (aside,) = (run_dir / "checkpoints").glob("damaged-*")
         assert (aside / "reason.txt").read_text().strip()
+
+
+@pytest.mark.s3
+def test_a_machine_that_never_saw_the_run_goes_on_from_its_second_home(
+    data_dir,
+    tmp_path,
+    whole,
+    s3_server,  # noqa: F811
+    credentials,  # noqa: F811
+):
+    def on(run, *more):
+        endpoint = f"storage.endpoint=http://127.0.0.1:{s3_server.port}"
+        return tiny_config(data_dir, tmp_path / run, "checkpoint.every=2", f"checkpoint.copy_to=s3://{BUCKET}/home",
+                           endpoint, "storage.region=us-east-1", *more)  # fmt: skip
+
+    assert run_ranks(train_job, 2, on("here", "train.steps=6")) == ["complete"] * 2
+    home = s3_server.client().ls(f"{BUCKET}/home")
+    assert sorted(path.rsplit("/", 1)[1] for path in home)[-1] == "step-00000006"
+    shutil.rmtree(tmp_path / "here")
+    assert run_ranks(train_job, 2, on("elsewhere")) == ["complete"] * 2
+    ours, theirs = losses(tmp_path / "elsewhere"), losses(whole(1))
+    assert ours == {step: loss for step, loss in theirs.items() if step > 6}
+    assert same_tensors(saved_state(tmp_path / "elsewhere", 10), saved_state(whole(1), 10))
+    home = s3_server.client().ls(f"{BUCKET}/home")
+    assert sorted(path.rsplit("/", 1)[1] for path in home) == ["step-00000008", "step-00000010"], "the newest two"
 
 
 @pytest.fixture
