@@ -20,7 +20,7 @@ from data_tools.crops import Pixels
 from data_tools.images import Address, BadImageError, Reader
 from uvit_dist import storage
 from uvit_dist.config_data import StorageConfig
-from uvit_dist.errors import UserError
+from uvit_dist.errors import OutputError, UserError
 
 CHUNK = 16
 """Images that go to a process together."""
@@ -148,7 +148,8 @@ def decoded(
 ) -> Generator[Chunk]:
     """The chunks of requests, (n, size, size, 3) uint8 each, in their order, read ahead by so many processes.
 
-    Raises what ``Reader.read`` raises but for bad images: ``UnavailableError``, ``MissingInputError``.
+    Raises what ``Reader.read`` raises but for bad images, ``UnavailableError``, ``MissingInputError``; ``OutputError``
+    where a process has ended.
     """
     if processes:
         multiprocessing.set_forkserver_preload(PRELOADED)
@@ -162,10 +163,25 @@ def decoded(
         prefetch_factor=2 if processes else None,
         worker_init_fn=_Setup(settings),
     )
-    for chunk in loader:
+    chunks = iter(loader)
+    while (chunk := _next(chunks)) is not None:
         if chunk.error is not None:
             raise chunk.error
         yield chunk
+
+
+def _next(chunks: Iterator[Chunk]) -> Chunk | None:
+    """Raises ``OutputError`` where a decoding process has ended: it was killed, or had no memory."""
+    try:
+        return next(chunks, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        told = str(error).splitlines()[0]
+        raise OutputError(
+            f"a decoding process ended ({told}); give the job more memory (or /dev/shm), or set "
+            "precompute.decode_processes to fewer, and start again: what is finished is kept"
+        ) from None
 
 
 class _Each:
