@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data_tools.images import load_images, source_fingerprint
-from data_tools.shard_job import this_device
+from data_tools.shard_job import open_images, this_device
 from data_tools.sources import open_source
 from uvit_dist import storage
 from uvit_dist.config import Config
@@ -29,21 +30,23 @@ FEATURES_KEPT = 10_000
 BATCH = 256
 
 
-def make_reference(config: Config) -> dict[str, Any]:
+def make_reference(config: Config, bad: Collection[str] = (), scanned: bool = False) -> dict[str, Any]:
     """mu, sigma, features, labels, scores of one half against the other, provenance of the images of the data section.
 
+    bad: keys of images to leave out; scanned: tars were scanned already, beside data.index.
     The halves are those of a seeded permutation: what one scores against the other is what to expect of a perfect
     model of that size. Recall and accuracy are those of the features kept; without labels there is no accuracy.
     """
-    source = open_source(config.data, config.precompute.exif_rotation)
+    source = open_images(config) if scanned else open_source(config.data, config.precompute.exif_rotation)
     device = this_device()
     extract, _ = load_extractor(config.evaluate, device)
     order = np.argsort(np.random.Philox(key=config.seed).random_raw(len(source.keys)), kind="stable")
-    order = order[~np.isin(order, list(source.unusable))]
+    left_out = [number for number, key in enumerate(source.keys) if number in source.unusable or key in bad]
+    order = order[~np.isin(order, left_out)]
     halves, features, chosen = [], [], []
     for half in np.array_split(order, 2):
         moments: FeatureMoments | None = None
-        images = load_images(source, ((int(number), False) for number in half), config.data.read_threads)
+        images = load_images(source, ((int(number), False) for number in half), max(1, config.data.read_threads))
         kept: list[torch.Tensor] = []
         for first in tqdm(range(0, len(half), BATCH), unit="batch", disable=None):
             pixels = np.stack(list(islice(images, BATCH)))
@@ -71,7 +74,7 @@ def make_reference(config: Config) -> dict[str, Any]:
         "crop": config.data.crop,
         "neighbours": k,
         "source": f"{source.name} {source_fingerprint(source)}",
-        "images": len(source.keys),
+        "images": len(order),
     }
     return {
         "mu": one.mean,
@@ -84,9 +87,9 @@ def make_reference(config: Config) -> dict[str, Any]:
     }
 
 
-def write_reference(config: Config) -> str:
-    """Make and write evaluate.reference; a line about it. Raises ``UserError`` of the right kind."""
-    reference = make_reference(config)
+def write_reference(config: Config, bad: Collection[str] = (), scanned: bool = False) -> str:
+    """Make and write evaluate.reference, as ``make_reference``; a line about it. Raises ``UserError``s."""
+    reference = make_reference(config, bad, scanned)
     out = io.BytesIO()
     np.savez(out, **reference)
     storage.write_bytes(config.evaluate.reference, out.getvalue())

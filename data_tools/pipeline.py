@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_tools.decoding import CHUNK, Chunk, Request, decoded, processes_for
 from data_tools.images import ImageSource
-from data_tools.units import Shard, ShardJob, Unit
+from data_tools.units import POLL_S, Shard, ShardJob, Unit
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Sample
 from uvit_dist.data.shards import ShardIndex, ShardRecord, write_shard
@@ -29,10 +29,6 @@ QUEUED = 4
 """Batches of samples that wait for a writing thread before the encoder does."""
 UNFINISHED = 2
 """Units whose last samples may still be on their way to the output."""
-POLL_S = 5.0
-"""Seconds between looks at units that are in other hands."""
-
-
 Finish = Callable[[], list[list[Sample]]]
 """Waits for what was begun: for each shard of a unit, the sample of each place."""
 
@@ -164,9 +160,12 @@ class Pipeline:
 
     def _pass(self) -> None:
         """Do all units that can be claimed now."""
+        first = self.job.claim()
+        if first is None:
+            return
         with ThreadPoolExecutor(2 * (UNFINISHED + 2), thread_name_prefix="writer") as self._pool:
             size, settings = self._config.data.image_size, self._config.storage
-            chunks = decoded(self._requests(), self._source.reader, size, self._processes, settings)
+            chunks = decoded(self._requests(first), self._source.reader, size, self._processes, settings)
             try:
                 self._encode(chunks)
                 while self._closing:
@@ -206,10 +205,11 @@ class Pipeline:
         finally:
             setattr(self.times, what, getattr(self.times, what) + time.monotonic() - began)
 
-    def _requests(self) -> Iterator[Request]:
+    def _requests(self, first_unit: Unit) -> Iterator[Request]:
         """Requests for the images of one unit after the other, claimed as the decoding processes come to need them."""
         batch = self._maker.batch_size
-        while (unit := self.job.claim()) is not None:
+        unit: Unit | None = first_unit
+        while unit is not None:
             self._open[unit.number] = _Work(unit, self.job, self._pool)
             images, unusable = unit.images, self.job.unusable
             for begin in range(0, len(images), batch):
@@ -217,6 +217,7 @@ class Pipeline:
                 for first in range(begin, stop, CHUNK):
                     own = images[first : min(first + CHUNK, stop)]
                     yield Request(unit.number, first, [None if n in unusable else self._source.address(n) for n in own])
+            unit = self.job.claim()
 
     def _note(self, work: _Work, chunk: Chunk) -> None:
         """Keep count, and note what is bad."""

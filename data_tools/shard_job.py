@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_tools.images import ImageSource, Item
-from data_tools.pipeline import POLL_S, Maker, Pipeline
+from data_tools.pipeline import Maker, Pipeline
 from data_tools.sources import open_source
-from data_tools.units import WORK, ShardJob
+from data_tools.units import POLL_S, WORK, ShardJob
 from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
@@ -53,17 +53,18 @@ def make_from_images(
     """
     job = ShardJob(config, source.keys, provenance, made_with, source.unusable)
     try:
+        job.redo_bad()
         pipeline = Pipeline(job, source, maker, config, cheap=config.data.format in CHEAP)
         index = pipeline.run()
         _tell(pipeline.times.summary())
-        for name, path, action in [*afterwards(index), *_reference(config)]:
+        for name, path, action in [*afterwards(index), *_reference(config, job)]:
             job.once(name, path, action)
     finally:
         job.close()
     return list(index.shards)
 
 
-def _reference(config: Config) -> list[tuple[str, str, Callable[[], None]]]:
+def _reference(config: Config, job: ShardJob) -> list[tuple[str, str, Callable[[], None]]]:
     """The statistics that samples are scored against, where the configuration asks for them and they are not there."""
     path = config.evaluate.reference
     if not config.precompute.reference or storage.exists(path):
@@ -72,7 +73,7 @@ def _reference(config: Config) -> list[tuple[str, str, Callable[[], None]]]:
     def make() -> None:
         from data_tools.fid_reference import write_reference  # networks, which only this needs
 
-        log.info(write_reference(config))
+        log.info(write_reference(config, job.bad_keys(), scanned=True))
 
     return [("reference", path, make)]
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 STEMS = {"moments": "latents", "pixels": "images"}
 """Names of shards by what they hold."""
 WORK, JOB, BAD_IMAGES, MERGE, MERGED = ".work", "job.json", "bad_images.jsonl", "merge", "merge.done-0"
+POLL_S = 5.0
+"""Seconds between looks at what is in other hands."""
 SHOWN = 5
 """Bad images that an error names."""
 
@@ -132,6 +135,7 @@ class ShardJob:
         self.leases = Leases(self.work, config.precompute.lease_s)
         self._start = int(self.leases.us["token"], 16) % max(1, len(self.units))
         self._own_bad: dict[str, dict[str, str]] = {}
+        self._lease_s, self._tried = config.precompute.lease_s, set[str]()
         told = {"index": data.index, "images": len(keys), "units": len(self.units), "per_unit": data.samples_per_shard,
                 "lease_s": config.precompute.lease_s, **self.made_with, "source": provenance.source}  # fmt: skip
         storage.create(storage.join(self.work, JOB), json.dumps(told, indent=1).encode())
@@ -154,10 +158,12 @@ class ShardJob:
         for unit in sorted(todo, key=lambda unit: unit.name in held):  # those in other hands last
             if self.leases.claim(unit.name, state.names):
                 found = self._finished(unit, storage.sizes_in(self.directory))
-                left = tuple(shard for shard, sidecar in zip(unit.shards, found, strict=True) if sidecar is None)
+                # What an interrupted worker left unmarked with bad images is made again: they may have been mended.
+                pairs = zip(unit.shards, found, strict=True)
+                left = tuple(shard for shard, sidecar in pairs if sidecar is None or sidecar.bad)
                 if left:
                     return replace(unit, shards=left)
-                self._mark(unit, {key: why for sidecar in found if sidecar for key, why in sidecar.bad.items()}, {})
+                self._mark(unit, {}, {})
         return None
 
     def finish(self, unit: Unit, bad: dict[str, str], facts: dict[str, Any]) -> None:
@@ -182,6 +188,22 @@ class ShardJob:
         told = {"keys": hash_keys(shard.keys(self.keys)), "made_with": self.made_with}
         return told | ({"bad": dict(sorted(bad.items()))} if bad else {})
 
+    def redo_bad(self) -> None:
+        """Have the units be made again whose images were bad: they may have been mended. For who starts a job anew."""
+        state = self.state()
+        if MERGED in state.names or newest_leases(state.names):
+            return  # all is done, or others are at work
+        for unit in self.units:
+            names = [name for name in state.names if name.startswith(f"{unit.name}.done-") and not name.endswith("-0")]
+            if names:
+                for shard in unit.shards:
+                    storage.remove(storage.join(self.directory, f"{shard.name}.json"))
+                storage.remove(storage.join(self.work, names[0]))
+
+    def bad_keys(self) -> set[str]:
+        """The keys of all images that were left out."""
+        return set(self._write_bad(self.state(), {}))
+
     # -- bad images ----------------------------------------------------------------------------------------------------
 
     def note(self, unit: Unit, images: int, bad: dict[str, str], images_per_s: float) -> None:
@@ -205,7 +227,8 @@ class ShardJob:
         raise DataError(
             f"{count} of {len(self.keys)} images cannot be used, and precompute.bad_image_limit {self._limit:g} "
             f"allows {int(self._limit * len(self.keys))}:\n  {shown}\n{storage.join(self.directory, BAD_IMAGES)} names "
-            "them all; mend or remove them, or raise the limit, and start again: what is finished is kept"
+            "them all; mend or remove them, or raise the limit, and start again: what is finished is kept, but for the "
+            "units of these"
         )
 
     def _write_bad(self, state: State, own: dict[str, str]) -> dict[str, str]:
@@ -277,16 +300,24 @@ class ShardJob:
         return [sidecar for kind in zip(*found, strict=True) for sidecar in kind if sidecar is not None]
 
     def once(self, name: str, path: str, action: Callable[[], None]) -> None:
-        """Have one worker, after all units, make the file at ``path`` by ``action``, where it is not made yet."""
-        mark, state = f"{name}.done-0", self.state()
-        if mark in state.names and storage.exists(path):
-            return
-        if self.leases.claim(name, state.names):
-            try:
-                action()
-                storage.create(storage.join(self.work, mark), b"{}")
-            finally:
-                self.leases.release(name)
+        """Have one worker, after all units, make the file at ``path`` by ``action``; wait until it is made.
+
+        Where an action makes none, as it says in the log, it is done all the same.
+        """
+        mark = f"{name}.done-0"
+        while True:
+            state = self.state()
+            if mark in state.names and (storage.exists(path) or name in self._tried):
+                return
+            if self.leases.claim(name, state.names):
+                try:
+                    action()
+                    storage.create(storage.join(self.work, mark), b"{}")
+                finally:
+                    self.leases.release(name)
+                return
+            self._tried.add(name)  # another does it now: whatever comes of it, it is not done twice
+            time.sleep(min(POLL_S, self._lease_s / 4))
 
     def close(self) -> None:
         """Give back what this worker holds."""

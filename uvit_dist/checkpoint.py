@@ -27,7 +27,8 @@ from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, OutputError
 
-VERSION = 1
+VERSION = 2
+SEAL = "xxh3"
 MANIFEST, REASON = "manifest.json", "reason.txt"
 """What a checkpoint says of itself; why one was set aside."""
 _STEP = re.compile(r"step-(\d{8,})")
@@ -71,14 +72,40 @@ def clean(run_dir: str | Path) -> None:
         storage.remove_tree(leftover)
 
 
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it is written: with the xxh3 (128 bits) of the rest of it."""
+    return json.dumps({**manifest, SEAL: _seal(manifest)}, indent=1).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """A manifest as it was sealed. Raises ``ValueError``, ``KeyError``, ``TypeError`` where it is not that any more."""
+    manifest: dict[str, Any] = json.loads(data)
+    if manifest["version"] != VERSION:
+        raise ValueError(f"version {manifest['version']} of the format, this program reads {VERSION}")
+    if manifest.pop(SEAL) != _seal(manifest):
+        raise ValueError("it differs from its own hash")
+    return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
 def commit(run_dir: str | Path, manifest: dict[str, Any], records: Sequence[FileRecord]) -> Path:
     """Make the files in ``temporary`` a checkpoint, at once, by renaming their directory. Returns it.
 
     manifest: "step", "world_size" and what else it says; records: of every rank's file. Raises ``OutputError``.
     """
     final, before = checkpoints_dir(run_dir) / _name(manifest["step"]), temporary(run_dir, manifest["step"])
+    for record in records:
+        path = before / record.name
+        found = path.stat().st_size if path.exists() else None
+        if found != record.size:
+            raise OutputError(
+                f"{path}: {found} bytes, its rank wrote {record.size}; run_dir must be where all ranks see the same"
+            )
     whole = {"version": VERSION, **manifest, "files": [asdict(record) for record in records]}
-    storage.write_bytes(str(before / MANIFEST), json.dumps(whole, indent=1).encode())
+    storage.write_bytes(str(before / MANIFEST), sealed(whole))
     faults.point("save:after_manifest")
     storage.fsync_directory(before)
     set_aside(final)
@@ -105,10 +132,10 @@ def set_aside(directory: Path, reason: str = "made anew") -> None:
         number += 1
 
 
-def retain(run_dir: str | Path, step: int, config: CheckpointConfig) -> list[str]:
+def retain(run_dir: str | Path, step: int, config: CheckpointConfig, spared: str | None = None) -> list[str]:
     """Delete the whole checkpoints up to ``step``, the one just committed, that the configuration does not keep.
 
-    Returns the names of those that stay.
+    spared: the name of one that is in use. Returns the names of those that stay.
     """
     parent = checkpoints_dir(run_dir)
     whole = [path for path in _steps(parent) if _step_of(path) <= step and defect(path, verify="size") is None]
@@ -119,7 +146,7 @@ def retain(run_dir: str | Path, step: int, config: CheckpointConfig) -> list[str
             losses[_step_of(path)] = float(loss)
     stay = kept([_step_of(path) for path in whole], losses, config)
     for path in whole:
-        if _step_of(path) in stay:
+        if _step_of(path) in stay or path.name == spared:
             continue
         # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under a valid name.
         doomed = parent / f".tmp-old-{path.name}"
@@ -152,9 +179,7 @@ def _steps(parent: Path) -> list[Path]:
 def defect(directory: Path, verify: str) -> str | None:
     """Why a checkpoint is not whole, or none. verify: "size", or "hash" to read every byte."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        if manifest["version"] != VERSION:
-            return f"version {manifest['version']} of the format, this program reads {VERSION}"
+        manifest = unsealed((directory / MANIFEST).read_bytes())
         for item in manifest["files"]:
             record, path = FileRecord(**item), directory / item["name"]
             size = path.stat().st_size
@@ -213,7 +238,7 @@ def open_on_all(path: Path, ranks: Ranks) -> CheckpointReader:
     reader, problem = None, None
     try:
         reader = CheckpointReader(path)
-    except CheckpointError as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         problem = f"rank {ranks.rank}: {error}"
     problems = [told for told in dist.gather(problem) if told is not None]
     if problems or reader is None:

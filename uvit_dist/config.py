@@ -156,7 +156,9 @@ class CheckpointConfig(Section):
     keep_every: int | None = Field(
         None, gt=0, description="checkpoints of multiples of so many steps are kept for ever"
     )
-    keep_best: int = Field(0, ge=0, description="checkpoints of the lowest validation losses kept; 0: none for that")
+    keep_best: int = Field(
+        0, ge=0, description="checkpoints of the lowest validation losses kept, of steps with a validation"
+    )
     verify: Literal["size", "hash"] = Field("hash", description="what is checked of a checkpoint before it is loaded")
     background: bool = Field(True, description="write beside the training steps, which wait for a copy in memory alone")
     most_failures: int = Field(

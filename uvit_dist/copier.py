@@ -24,10 +24,17 @@ class Copier:
         self.last_error: Exception | None = None
         self._choose = choose
         self._waiting: Path | None = None
+        self._under_way: Path | None = None
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="second-home", daemon=True)
         self._thread.start()
+
+    @property
+    def copying(self) -> str | None:
+        """The name of the checkpoint that is being copied: not to be deleted."""
+        with self._changed:
+            return None if self._under_way is None else self._under_way.name
 
     def submit(self, directory: Path) -> None:
         """Have a committed checkpoint copied when the copy under way is done, in place of one that waits still."""
@@ -61,9 +68,12 @@ class Copier:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._closed)
                 directory, self._waiting = self._waiting, None
+                self._under_way = directory
             if directory is None:
                 return
             self._copy(directory)
+            with self._changed:
+                self._under_way = None
 
     def _copy(self, directory: Path) -> None:
         try:
@@ -74,7 +84,7 @@ class Copier:
             self.last_error = None
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             if not directory.exists():
-                log.info("%s: deleted here while it was copied to %s; dropped (%s)", directory, self.home, error)
+                log.warning("%s: deleted here while it was copied to %s; dropped (%s)", directory, self.home, error)
                 return
             self.last_error = error
             log.error("%s: copying it to %s, or deleting older ones there, failed: %s", directory, self.home, error)

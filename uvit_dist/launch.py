@@ -13,6 +13,7 @@ that is not finite; 73 something cannot be written; 2 the command line is wrong;
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -65,8 +66,10 @@ def main() -> None:
 def run_local(config: Config, job: str) -> int:
     """Run every rank of a job on this machine and wait. Returns the job's exit code; prints why it failed."""
     storage.make_directory(config.run_dir)
-    with storage.locked(config.run_dir):
-        path = storage.join(config.run_dir, f".launch-{job}.yaml")
+    shared = job == "precompute"  # its workers share the work among themselves, on any number of machines
+    with contextlib.nullcontext() if shared else storage.locked(config.run_dir):
+        name = f".launch-{job}-{socket.gethostname()}-{os.getpid()}.yaml" if shared else f".launch-{job}.yaml"
+        path = storage.join(config.run_dir, name)
         storage.write_bytes(path, dump_config(config).encode())
         storage.make_directory(str(error_file(config.run_dir, 0).parent))
         for rank in range(config.world_size):

@@ -52,26 +52,26 @@ class JsonLines:
     """Appends records to a file. On a disk that is full they wait in memory, which is told once: training goes on."""
 
     def __init__(self, path: str | Path) -> None:
-        self._path, self._told = path, False
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+        self._path, self._told, self._waiting = path, False, b""
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
+        self._waiting += (json.dumps(record) + "\n").encode()
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
             self._told = False
-        except OSError as error:  # what was not written stays in the file's buffer, for the next time
+        except OSError as error:
             if not self._told:
                 log.error("%s: cannot be written (%s); records wait until there is room", self._path, error)
             self._told = True
 
     def close(self) -> None:
         """Close the file."""
-        try:
-            self._file.close()
-        except OSError as error:
-            log.error("%s: its last records are lost (%s)", self._path, error)
+        self._file.close()
+        if self._waiting:
+            log.error("%s: its last records are lost, %d bytes: there was no room", self._path, len(self._waiting))
 
 
 class MetricsLog:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run beside its tensors. step: updates made; validation_loss: the last that was measured."""
+    """The state of a run beside its tensors. step: updates made; validation_loss: if measured after just this step."""
 
     step: int
     journal: Journal
@@ -76,10 +76,10 @@ def must_agree(config: Config, index: ShardIndex) -> dict[str, Any]:
     }
 
 
-def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> tuple[Journal, Guard, float | None]:
+def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> tuple[Journal, Guard]:
     """Load the newest whole checkpoint into the engine, if the run or its second home has one. A collective call.
 
-    Returns its journal, guard and last validation loss. The configuration becomes the run's ``config.yaml`` only once
+    Returns its journal and guard. The configuration becomes the run's ``config.yaml`` only once
     it is accepted; what it changes is logged. Raises ``CheckpointError`` where there are checkpoints and none is whole,
     ``DataError`` where the configuration differs from the checkpoint's in what decides the order of samples or the
     meaning of the weights.
@@ -97,15 +97,14 @@ def resume(engine: Engine, config: Config, index: ShardIndex, ranks: Ranks) -> t
     path = dist.on_main(ranks, choose)
     if path is None:
         log.info("%s holds no checkpoint: this is step 0", config.run_dir)
-        return Journal(), Guard(config.guard), None
+        return Journal(), Guard(config.guard)
     reader = checkpoint.open_on_all(path, ranks)
     engine.load_state(reader.read, reader.manifest["step"])
     log.info("resumed from %s", path)
     journal = Journal.from_dict(reader.manifest["journal"])
     for shard in journal.quarantined_shards:
         log.warning("%s is in quarantine from the data of step %d on: %s", shard.name, shard.from_step, shard.reason)
-    guard = Guard.from_dict(config.guard, reader.manifest.get("guard", {}))
-    return journal, guard, reader.manifest.get("validation_loss")
+    return journal, Guard.from_dict(config.guard, reader.manifest.get("guard", {}))
 
 
 def _newest(config: Config) -> Path | None:
@@ -121,8 +120,12 @@ def _newest(config: Config) -> Path | None:
     if home is not None:
         there = second_home.names_at(home)
         if there and (path is None or there[0] > path.name):
-            back = second_home.bring_back(home, run_dir)
-            path = back if path is None or (back is not None and back.name > path.name) else path
+            try:
+                path = second_home.bring_back(home, run_dir, newer_than=path.name if path else "") or path
+            except CheckpointError as error:
+                if path is None:
+                    raise
+                log.warning("%s", error)
     if path is None and damaged is not None:
         raise damaged
     return path

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 from uvit_dist import checkpoint, dist, faults, storage
 from uvit_dist.checkpoint import FileRecord
 from uvit_dist.config import CheckpointConfig
+from uvit_dist.copier import Copier
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import OutputError
 from uvit_dist.safetensors_stream import write_flat
@@ -33,8 +32,7 @@ log = logging.getLogger(__name__)
 class Saver:
     """Commits the checkpoints of a run. ``begin``, ``after_step`` and ``finish`` are called on every rank alike.
 
-    saved: the step that needs no saving: committed, or on its way. on_commit: called by a
-    thread of rank 0 with the directory of each checkpoint that is committed.
+    saved: the step that needs no saving: committed, or on its way. copier: on rank 0, of what is committed.
     """
 
     def __init__(
@@ -43,9 +41,9 @@ class Saver:
         config: CheckpointConfig,
         ranks: Ranks,
         saved: int = -1,
-        on_commit: Callable[[Path], None] | None = None,
+        copier: Copier | None = None,
     ) -> None:
-        self._run_dir, self._config, self._ranks, self._on_commit = run_dir, config, ranks, on_commit
+        self._run_dir, self._config, self._ranks, self._copier = run_dir, config, ranks, copier
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._memory = torch.empty(0)
         self._manifest: dict[str, Any] | None = None
@@ -67,7 +65,7 @@ class Saver:
         """Start to save. A save that is still under way is waited for first.
 
         state: this rank's flat fp32 tensors (n,) (Engine.local_state), copied before this returns; manifest: what is
-        the same for all ranks, with "step" and "shapes". Raises as ``finish`` does.
+        the same for all ranks, with "step". Raises as ``finish`` does.
         """
         if self._manifest is not None:
             log.warning("step %d: training waits for the checkpoint of step %d, still being written",
@@ -78,9 +76,7 @@ class Saver:
         flat = self._copied(state)
         faults.point("save:copied")
         self._manifest, self._voted, self.saved = manifest, False, manifest["step"]
-        kinds = len({key.split("/")[0] for key in state})
-        needed = sum(flat.element_size() * kinds * math.prod(shape) for shape in manifest["shapes"].values())
-        self._work = self._pool.submit(self._write, layout, flat, needed)
+        self._work = self._pool.submit(self._write, layout, flat)
         if not self._config.background:
             self.finish()
 
@@ -99,15 +95,14 @@ class Saver:
     def finish(self, must_succeed: bool = False) -> None:
         """Wait until nothing is under way. A collective call.
 
-        Raises ``OutputError`` on every rank where too many saves have failed, or, with must_succeed, this one has.
+        Raises ``OutputError`` on every rank where too many saves have failed, or, with must_succeed, the last one has.
         """
-        failures = self.failures
         while self._manifest is not None:
             if not self._voted:
                 self._vote()
             else:
                 self._end()
-        if must_succeed and self.failures > failures:
+        if must_succeed and self.failures:  # a save that succeeds sets them back
             raise OutputError(self._told)
 
     def close(self) -> None:
@@ -129,19 +124,15 @@ class Saver:
             torch.cuda.synchronize(self._ranks.device)
         return self._memory
 
-    def _write(self, layout: list[tuple[str, int]], flat: Tensor, needed: int) -> FileRecord | str:
-        """Write and fsync this rank's file, of flat fp32 (n,). Returns its record, or what went wrong.
-
-        needed: bytes of all ranks' files.
-        """
+    def _write(self, layout: list[tuple[str, int]], flat: Tensor) -> FileRecord | str:
+        """Write and fsync this rank's file, of flat fp32 (n,). Returns its record, or what went wrong."""
         assert self._manifest is not None
         directory = checkpoint.temporary(self._run_dir, self._manifest["step"])
         path = directory / f"rank-{self._ranks.rank:05d}.safetensors"
         try:
             directory.mkdir(parents=True, exist_ok=True)
             faults.point("save:prepared")
-            if self._ranks.is_main:
-                _require_space(directory, needed)
+            _require_space(directory, flat.nbytes)
             size, xxh3 = write_flat(path, layout, flat)
             faults.point("save:written")
             return FileRecord(path.name, size, xxh3)
@@ -171,9 +162,10 @@ class Saver:
             storage.remove_tree(checkpoint.temporary(self._run_dir, manifest["step"]))
             return str(error)
         try:
-            if self._on_commit is not None:
-                self._on_commit(path)
-            checkpoint.retain(self._run_dir, manifest["step"], self._config)
+            if self._copier is not None:
+                self._copier.submit(path)
+            spared = self._copier.copying if self._copier is not None else None
+            checkpoint.retain(self._run_dir, manifest["step"], self._config, spared)
         except Exception as error:  # noqa: BLE001 - the checkpoint is committed, which is what counts
             log.warning("%s: older checkpoints were not cleaned up (%s)", path.parent, error)
         return None

@@ -7,7 +7,6 @@ before two readings of it were alike.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from typing import IO, Literal, TypeVar
 import xxhash
 
 from uvit_dist import checkpoint, storage
-from uvit_dist.checkpoint import MANIFEST, VERSION, FileRecord
+from uvit_dist.checkpoint import MANIFEST, FileRecord
 from uvit_dist.errors import CheckpointError, DataError, NoSuchFileError, OutputError
 
 T = TypeVar("T")
@@ -163,9 +162,10 @@ def fetch(home: str, name: str, run_dir: str | Path) -> Path:
     return final
 
 
-def bring_back(home: str, run_dir: str | Path, verify: Verify = "size") -> Path | None:
+def bring_back(home: str, run_dir: str | Path, verify: Verify = "size", newer_than: str = "") -> Path | None:
     """Fetch the newest checkpoint of ``home`` that is whole. Returns its directory, or none where none was committed.
 
+    newer_than: a name; only newer ones count.
     verify: what is checked of each at home before it is fetched; hashes are verified while fetching in any case.
     Raises ``CheckpointError`` if there are some and none is whole, ``OutputError``, ``UnavailableError``.
     """
@@ -175,13 +175,15 @@ def bring_back(home: str, run_dir: str | Path, verify: Verify = "size") -> Path 
             _check(home, name, verify)
         return fetch(home, name, run_dir)
 
-    return _newest(home, fetched)
+    return _newest(home, fetched, newer_than)
 
 
-def _newest(home: str, use: Callable[[str], T]) -> T | None:
+def _newest(home: str, use: Callable[[str], T], newer_than: str = "") -> T | None:
     """What ``use`` makes of the newest checkpoint that it raises no ``CheckpointError`` for."""
     reasons = []
     for name in names_at(home):
+        if name <= newer_than:
+            break
         try:
             return use(name)
         except CheckpointError as error:
@@ -255,9 +257,7 @@ def _misfit(manifest: _Manifest, sizes: dict[str, int]) -> str | None:
 def _parse(data: bytes, name: str) -> _Manifest:
     """Raises ``CheckpointError``."""
     try:
-        manifest = json.loads(data)
-        if manifest["version"] != VERSION:
-            raise ValueError(f"version {manifest['version']} of the format, this program reads {VERSION}")
+        manifest = checkpoint.unsealed(data)
         if f"step-{manifest['step']:08d}" != name:
             raise ValueError(f"it is of step {manifest['step']}")
         files = [FileRecord(**item) for item in manifest["files"]]

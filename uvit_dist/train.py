@@ -46,12 +46,12 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     index, held_out = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
     plan = preflight.make_plan(config, index)
     engine = Engine(initial_network(config, ranks), config, ranks)
-    journal, guard, validated = resume(engine, config, index, ranks)
+    journal, guard = resume(engine, config, index, ranks)
     loader = open_loader(config, index, plan, ranks, engine.step, journal)
     objective = Objective(config, preflight.empty_context(index))
     validation = Validation(config, held_out, objective, ranks) if held_out is not None else None
     report, copier = Report(config, ranks, engine.step), open_copier(config, ranks)
-    saver = Saver(config.run_dir, config.checkpoint, ranks, engine.step, copier.submit if copier else None)
+    saver = Saver(config.run_dir, config.checkpoint, ranks, engine.step, copier)
 
     def loss_of(net: nn.Module, batch: Batch) -> Tensor:
         example = objective.example(batch)
@@ -60,10 +60,10 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         return losses.mean()
 
     def save() -> None:
-        state = State(engine.step, loader.journal, guard, validated)
+        state = State(engine.step, loader.journal, guard, told.get("validation_loss"))
         saver.begin(engine.local_state(), make_manifest(state, engine.shapes, plan, config, index))
 
-    stopped = False
+    stopped, told = False, dict[str, Any]()
     while engine.step < config.train.steps and not stopped:
         with report.waiting():
             batch = next(loader)
@@ -79,11 +79,10 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
             saver.saved = min(saver.saved, engine.step)
             report.forget(engine.step)
             continue
-        guard, told = guard.applied(result.loss), dict[str, Any]()
+        guard, told = guard.applied(result.loss), {}
         if validation is not None and validation.due(engine.step) and not stopped:
             with report.aside():
                 told = validation.run(engine)
-            validated = told["validation_loss"]
         report.after_step(engine.step, batch.epoch, result, told)
         if engine.step % config.checkpoint.every == 0:
             save()

@@ -113,7 +113,7 @@ def main() -> None:
     with explained_exit():
         config = load_config(args.config)
     rank = os.environ.get("RANK", "0")
-    alone = launcher is None and rank == "0"
+    alone = launcher is None and rank == "0" and args.job != "precompute"
     try:
         with storage.locked(_made(config.run_dir)) if alone else contextlib.nullcontext():
             code = _run(args.job, config)

@@ -145,8 +145,8 @@ def test_four_workers_killed_at_random_behind_faults_make_what_one_makes(picture
     made = output(url)
     assert made.keys() == alone.keys()
     assert [name for name in alone if made[name] != alone[name] and name != "contact_sheet.png"] == []
-    left = [name for name in storage.tree(f"{url}/.work") if ".lease-" in name]
-    assert not [name for name in left if "unit-" in name] or len(left) <= deaths, "leases of the dead alone may stay"
+    names = storage.tree(f"{url}/.work")
+    assert len([name for name in names if "unit-" in name and ".done-0" in name]) == 10
 
 
 def test_workers_of_several_nodes_share_the_shards_each_written_once(pictures, alone, tmp_path):

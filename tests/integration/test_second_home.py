@@ -1,6 +1,5 @@
 """Checkpoints copied to a real S3 server through faults, and brought back by a machine that never saw the run."""
 
-import json
 import time
 
 import numpy as np
@@ -42,8 +41,14 @@ def make(run_dir, step, numel=NUMEL):
         values = torch.from_numpy(numbers.standard_normal(numel, dtype=np.float32))
         size, xxh3 = write_flat(directory / name, [(f"ema/w/{numel * rank}", numel)], values)
         files.append({"name": name, "size": size, "xxh3": xxh3})
-    manifest = {"version": 1, "step": step, "shapes": {"w": [RANKS, numel]}, "config": {"model": {}}, "files": files}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    manifest = {
+        "version": checkpoint.VERSION,
+        "step": step,
+        "shapes": {"w": [RANKS, numel]},
+        "config": {"model": {}},
+        "files": files,
+    }
+    (directory / "manifest.json").write_bytes(checkpoint.sealed(manifest))
     return directory
 
 

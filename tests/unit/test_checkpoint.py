@@ -261,9 +261,45 @@ def test_exported_weights_load_without_the_run(tmp_path):
         export_weights(str(tmp_path / "none"), tmp_path / "x", "ema")
 
 
+def test_a_run_whose_last_save_fails_does_not_end_well_though_it_waits_for_each(tmp_path, fault):
+    saver = Saver(str(tmp_path), CheckpointConfig(every=1, background=False, most_failures=3), ALONE)
+    fault("nospace@all,save:block")
+    saver.begin(state_of(1.0), {"shapes": {"w": [100_000]}, "config": {}, "step": 1})
+    with pytest.raises(OutputError, match="the checkpoint of step 1 cannot be written"):
+        saver.finish(must_succeed=True)
+    saver.close()
+
+
+def test_a_bit_flipped_anywhere_in_a_manifest_is_noticed(tmp_path):
+    save(tmp_path, 5)
+    directory = tmp_path / "checkpoints/step-00000005"
+    whole = (directory / "manifest.json").read_bytes()
+    assert checkpoint.defect(directory, "hash") is None
+    for place in range(0, len(whole), 3):
+        data = bytearray(whole)
+        data[place] ^= 1 << (place % 8)
+        (directory / "manifest.json").write_bytes(data)
+        try:
+            same = checkpoint.unsealed(bytes(data)) == checkpoint.unsealed(whole)
+        except (ValueError, KeyError, TypeError):
+            same = False
+        assert same or checkpoint.defect(directory, "hash") is not None, (place, bytes(data[place - 9 : place + 9]))
+
+
+def test_a_file_that_the_committing_rank_does_not_see_is_no_commit(tmp_path, monkeypatch):
+    def elsewhere(path, parts, flat):
+        record = write_flat(path, parts, flat)
+        path.unlink()
+        return record
+
+    monkeypatch.setattr(saving, "write_flat", elsewhere)
+    with pytest.raises(OutputError, match="run_dir must be where all ranks see the same"):
+        save(tmp_path, 5)
+
+
 def test_the_manifest_says_what_is_there(tmp_path):
     save(tmp_path, 5)
     manifest = json.loads((tmp_path / "checkpoints/step-00000005/manifest.json").read_text())
-    assert (manifest["step"], manifest["world_size"], manifest["version"]) == (5, 1, 1)
+    assert (manifest["step"], manifest["world_size"], manifest["version"]) == (5, 1, checkpoint.VERSION)
     (file,) = manifest["files"]
     assert file["size"] == (tmp_path / "checkpoints/step-00000005" / file["name"]).stat().st_size

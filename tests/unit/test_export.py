@@ -108,7 +108,7 @@ def make(run_dir, step, ranks=3):
         size, xxh3 = write_flat(path, parts, torch.cat(values))
         files.append({"name": path.name, "size": size, "xxh3": xxh3})
     manifest = {
-        "version": 1,
+        "version": checkpoint.VERSION,
         "step": step,
         "shapes": {name: list(value.shape) for name, value in nets["ema"].items()},
         "config": {"model": {**MODEL, "use_checkpoint": True}},
@@ -117,7 +117,7 @@ def make(run_dir, step, ranks=3):
         "text_encoder": None,
         "files": files,
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "manifest.json").write_bytes(checkpoint.sealed(manifest))
     return manifest
 
 
@@ -219,8 +219,13 @@ def test_memory_is_bounded_whatever_the_size_of_the_model(tmp_path):
             parts = [(f"ema/{name}/{rank * cut}", cut) for name in "abc"]
             size, xxh3 = write_flat(path, parts, torch.full((3 * cut,), float(rank)))
             files.append({"name": path.name, "size": size, "xxh3": xxh3})
-        manifest = {"version": 1, "step": 5, "shapes": {key: [numel] for key in "abc"}, "config": {"model": {}}}
-        (directory / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        manifest = {
+            "version": checkpoint.VERSION,
+            "step": 5,
+            "shapes": {key: [numel] for key in "abc"},
+            "config": {"model": {}},
+        }
+        (directory / "manifest.json").write_bytes(checkpoint.sealed({**manifest, "files": files}))
 
     make_big(tmp_path / "small", 1000)
     make_big(tmp_path / "big", 24 * MiB)  # 288 MiB

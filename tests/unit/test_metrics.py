@@ -12,7 +12,7 @@ import pytest
 import wandb
 
 from tests.tiny import ROOT
-from uvit_dist.metrics import MetricsLog, Progress
+from uvit_dist.metrics import JsonLines, MetricsLog, Progress
 
 RECORD = {"step": 3, "loss": 0.5, "grad_norm": 1.0, "images_per_s": 10.0}
 
@@ -94,3 +94,28 @@ def test_a_bar_on_a_terminal():
     os.close(master)
     assert "3/6" in shown
     assert "loss 0.5000, 10 images/s" in shown
+
+
+def test_records_wait_while_a_disk_is_full(tmp_path, caplog):
+    lines, room = JsonLines(tmp_path / "lines.jsonl"), []
+    file = lines._file
+
+    class Disk:
+        def write(self, data):
+            if not room:
+                raise OSError(28, "No space left on device")
+            return file.write(data[: room[0]])
+
+        def close(self):
+            file.close()
+
+    lines._file = Disk()
+    records = [{"step": step, "text": "x" * 400} for step in range(60)]
+    for record in records[:50]:
+        lines.write(record)
+    assert len([r for r in caplog.records if "records wait until there is room" in r.message]) == 1
+    room.append(1000)  # a write takes so much of it at most
+    for record in records[50:]:
+        lines.write(record)
+    lines.close()
+    assert [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()] == records

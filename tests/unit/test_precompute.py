@@ -110,7 +110,30 @@ def test_too_many_bad_images_end_the_job_and_a_higher_limit_goes_on(damaged, tmp
         precompute(config, CPU)
     precompute(job_config(damaged, out, "precompute.bad_image_limit=0.1"), CPU)
     assert read_index(config.data.index).provenance.samples == 42
-    assert all((out / name).stat().st_mtime_ns == when for name, when in finished.items())
+    redone = {name for name, when in finished.items() if (out / name).stat().st_mtime_ns != when}
+    assert len(redone) <= 4, "the two units with a bad image, which may have been mended"
+
+
+def test_mended_images_are_taken_in_when_the_job_is_started_again(damaged, pictures, whole, tmp_path):
+    config = job_config(damaged, tmp_path / "out", "precompute.bad_image_limit=0.05")
+    with pytest.raises(DataError, match="2 of 23 images cannot be used"):
+        precompute(config, CPU)
+    for name in ("class0/04.jpg", "class1/07.jpg"):
+        (damaged / name).write_bytes((pictures / name).read_bytes())
+    precompute(config, CPU)
+    assert not (tmp_path / "out" / "bad_images.jsonl").exists()
+    ours, theirs = files(tmp_path / "out"), files(whole)
+    assert {n: d for n, d in ours.items() if n.endswith(".tar")} == {
+        n: d for n, d in theirs.items() if n.endswith(".tar")
+    }
+
+
+def test_the_reference_leaves_out_what_the_shards_leave_out(damaged, tmp_path):
+    config = job_config(damaged, tmp_path / "out", "precompute.bad_image_limit=0.1", "precompute.reference=true",
+                        "evaluate.neighbours=2")  # fmt: skip
+    precompute(config, CPU)
+    with np.load(config.evaluate.reference) as made:
+        assert json.loads(str(made["provenance"]))["images"] == len(made["features"]) == 21
 
 
 def test_an_image_that_vanishes_after_the_listing_is_a_bad_image(damaged, tmp_path, monkeypatch):

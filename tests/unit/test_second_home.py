@@ -1,6 +1,5 @@
 """Checkpoints in a second place: whole there or not committed, whole here or not taken, and never in training's way."""
 
-import json
 import logging
 import threading
 import uuid
@@ -37,8 +36,14 @@ def make(run_dir, step, ranks=RANKS, seed=0):
         name = f"rank-{rank:05d}.safetensors"
         size, xxh3 = write_flat(directory / name, [(f"ema/w/{1000 * rank}", 1000)], torch.randn(1000))
         files.append({"name": name, "size": size, "xxh3": xxh3})
-    manifest = {"version": 1, "step": step, "shapes": {"w": [1000 * ranks]}, "config": {}, "files": files}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    manifest = {
+        "version": checkpoint.VERSION,
+        "step": step,
+        "shapes": {"w": [1000 * ranks]},
+        "config": {},
+        "files": files,
+    }
+    (directory / "manifest.json").write_bytes(checkpoint.sealed(manifest))
     assert checkpoint.defect(directory, "hash") is None
     return directory
 
@@ -116,7 +121,7 @@ def test_a_copy_that_was_killed_is_not_committed_and_is_overwritten(home, tmp_pa
 
 def damage(home, step, how):
     file, manifest = at(home, step, "rank-00001.safetensors"), at(home, step)
-    data, told = bytearray(storage.read_bytes(file)), json.loads(storage.read_bytes(manifest))
+    data, told = bytearray(storage.read_bytes(file)), checkpoint.unsealed(storage.read_bytes(manifest))
     if how == "flipped":
         data[-5] ^= 1
         storage.write_bytes(file, bytes(data))
@@ -127,12 +132,12 @@ def damage(home, step, how):
     elif how == "bad manifest":
         storage.write_bytes(manifest, b"{")
     elif how == "other step":
-        storage.write_bytes(manifest, json.dumps({**told, "step": 7}).encode())
+        storage.write_bytes(manifest, checkpoint.sealed({**told, "step": 7}))
     elif how == "other version":
-        storage.write_bytes(manifest, json.dumps({**told, "version": 2}).encode())
+        storage.write_bytes(manifest, checkpoint.sealed({**told, "version": 1}))
     elif how == "leads elsewhere":
         told["files"][0]["name"] = "../elsewhere"
-        storage.write_bytes(manifest, json.dumps(told).encode())
+        storage.write_bytes(manifest, checkpoint.sealed(told))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,7 @@ def damage(home, step, how):
         ("no file", r"rank-00001\.safetensors is missing"),
         ("bad manifest", "the manifest cannot be read"),
         ("other step", "it is of step 7"),
-        ("other version", "version 2 of the format"),
+        ("other version", "version 1 of the format"),
         ("leads elsewhere", "name leads elsewhere"),
     ],
 )

@@ -283,7 +283,9 @@ def create(path: str, data: bytes) -> bool:
         try:
             return bool(remote.persistently(path, lambda progress: remote.create(path, data)))
         except FileExistsError:
-            return read_bytes(path) == data  # an earlier try of ours may have come through
+            with contextlib.suppress(NoSuchFileError):  # another's, and gone by now
+                return read_bytes(path) == data  # an earlier try of ours may have come through
+            return False
     temporary = f"{path}.tmp-{uuid.uuid4().hex}"
     try:
         Path(temporary).write_bytes(data)
