@@ -179,7 +179,7 @@ def test_from_a_folder_of_jpegs_to_a_scored_model_in_three_commands(pictures, tm
 
     told = launch("precompute")
     assert "bottleneck: " in told
-    assert "contact_sheet.png: 16 images and what their latents decode to" in told
+    assert "contact_sheet.png: 12 images and what their latents decode to" in told
     launch("train")
     assert '"frechet_distance"' in launch("evaluate")
     index = read_index(str(tmp_path / "data" / "index.json"))
