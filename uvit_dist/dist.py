@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from uvit_dist.errors import ConfigError, UserError
 
+ASKED_EVERY_S = 5.0
+"""Seconds between the collectives of ranks that wait for long work."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -128,3 +132,20 @@ def on_main(ranks: Ranks, work: Any) -> Any:
     if told is not None:
         raise error or told
     return result
+
+
+def on_main_for_long(ranks: Ranks, work: Any) -> Any:
+    """As ``on_main``, for work that may take longer than a collective: the others ask again and again if it is done."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            done.set_exception(error)
+
+    if ranks.is_main:
+        threading.Thread(target=run, name="on-main", daemon=True).start()
+    while not broadcast(bool(wait([done], ASKED_EVERY_S).done) if ranks.is_main else None):
+        pass
+    return on_main(ranks, done.result)
