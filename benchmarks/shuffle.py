@@ -104,8 +104,9 @@ def measure() -> dict[str, Any]:
             assert np.array_equal(*check), "the blocks give what the plan says"
         units = plan_units(IMAGES, mirror=True, per_shard=per_shard, seed=seed)
         assert [len(unit.images) for unit in units] == cuts
-        permuted = np.tile(np.concatenate([np.array(unit.images, dtype=np.int64) for unit in units]), 2)
-        del units
+        ordered = [[np.array(unit.shards[m].images, dtype=np.int64) for unit in units] for m in range(2)]
+        permuted = np.concatenate(ordered[0] + ordered[1])
+        del units, ordered
         for epoch in EPOCHS:
             ids = batches_of(plan, epoch)
             for shards_are, image_of in (("permuted", permuted), ("in folder order", np.arange(2 * IMAGES) % IMAGES)):

@@ -31,7 +31,7 @@ class PixelsMaker:
     def start(self, unit: Unit, places: range, pixels: Tensor) -> Finish:
         """pixels: (n, H, W, 3) uint8. What it returns gives pixels (3, H, W) uint8."""
         (shard,) = unit.shards
-        keys = shard.keys(self._source.keys, places)
+        keys = shard.keys(self._source.keys, unit.images[places.start : places.stop])
         labels = [self._source.labels[unit.images[place]] for place in places]
         data = pixels.permute(0, 3, 1, 2).contiguous().numpy()
         return lambda: [[Sample(*fields) for fields in zip(keys, labels, data, strict=True)]]

@@ -123,6 +123,7 @@ class _Work:
         self.unit, self.began = unit, time.monotonic()
         self.bad: dict[str, str] = {}
         self.chunks: list[Chunk] = []
+        self.kept: dict[str, dict[int, Sample]] = {}  # samples of shards that have another order than the unit
         self.writers = [_Writer(pool, job, shard, self.bad) for shard in unit.shards]
 
     def is_written(self) -> bool:
@@ -237,9 +238,15 @@ class Pipeline:
         """Wait for samples and hand them to the writing threads, but for those of bad images."""
         made = self._timed("waited_encoder", finish)
         numbers = [work.unit.images[place] for place in places]
-        for writer, samples in zip(work.writers, made, strict=True):
-            kept = [s for number, s in zip(numbers, samples, strict=True) if self.job.keys[number] not in work.bad]
-            self._timed("waited_output", partial(writer.put, kept))
+        for writer, shard, samples in zip(work.writers, work.unit.shards, made, strict=True):
+            pairs = [(n, s) for n, s in zip(numbers, samples, strict=True) if self.job.keys[n] not in work.bad]
+            if shard.images is work.unit.images:
+                self._timed("waited_output", partial(writer.put, [sample for _, sample in pairs]))
+                continue
+            work.kept.setdefault(shard.name, {}).update(pairs)
+            if places.stop == len(work.unit.images):
+                own = work.kept.pop(shard.name)
+                self._timed("waited_output", partial(writer.put, [own[n] for n in shard.images if n in own]))
         if places.stop == len(work.unit.images):
             del self._open[work.unit.number]
             for writer in work.writers:

@@ -115,7 +115,7 @@ class MomentsMaker:
             labels = [self._source.labels[unit.images[place]] for place in places]
             out = []
             for shard, made in zip(unit.shards, moments, strict=True):
-                keys = shard.keys(self._source.keys, places)
+                keys = shard.keys(self._source.keys, unit.images[places.start : places.stop])
                 stored = all_as_stored(made[:count].numpy(), self._dtype, keys, "moments", "data.moments_dtype")
                 out.append([Sample(*fields) for fields in zip(keys, labels, stored, strict=True)])
             return out

@@ -1,7 +1,8 @@
 """The work of a job that writes shards: cut into units, claimed by workers, found again after a kill, merged.
 
 A unit is a range of a seeded permutation of the images, so that no shard is of one class. Its images make one shard,
-and their mirror images, in the same order, another: none meets its original in a shard, and each image is read once.
+and their mirror images, in an order of their own, another: none meets its original in a shard, and each image is read
+once.
 Beside the shards, ``.work/JOB`` holds a lease of each unit under way and a mark of each that is done, whose name says
 how many images were left out; JOB is a hash of all that the bytes of the output depend on.
 """
@@ -54,10 +55,9 @@ class Shard:
     images: Sequence[int]
     mirrored: bool
 
-    def keys(self, keys: Sequence[str], places: range | None = None) -> list[str]:
-        """The keys of its samples, or of those at some places in it. keys: of all images."""
-        own = self.images if places is None else self.images[places.start : places.stop]
-        return [keys[number] + MIRROR_SUFFIX * self.mirrored for number in own]
+    def keys(self, keys: Sequence[str], images: Sequence[int] | None = None) -> list[str]:
+        """The keys of its samples, or of those of some images. keys: of all images."""
+        return [keys[number] + MIRROR_SUFFIX * self.mirrored for number in (self.images if images is None else images)]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,15 @@ class Unit:
 
 
 def plan_units(images: int, mirror: bool, per_shard: int, seed: int, stem: str = "latents") -> list[Unit]:
-    """The cut of so many images into units: ranges of a seeded permutation."""
+    """The cut of so many images into units, ranges of a seeded permutation; mirror images have an order of their own."""
+    again = np.random.Philox(key=[seed, 1]).random_raw(images)
     order = np.argsort(np.random.Philox(key=[seed, 0]).random_raw(images), kind="stable").tolist()
     count = -(-images // per_shard)
     units = []
     for number in range(count):
         own = order[number * per_shard : (number + 1) * per_shard]
-        shards = [Shard(f"{stem}-{m * count + number:06d}", own, bool(m)) for m in range(1 + mirror)]
+        orders = (own, [own[place] for place in np.argsort(again[own], kind="stable").tolist()])
+        shards = [Shard(f"{stem}-{m * count + number:06d}", orders[m], bool(m)) for m in range(1 + mirror)]
         units.append(Unit(number, own, tuple(shards)))
     return units
 

@@ -1,7 +1,8 @@
 """Which samples a step uses, in which order: pure arithmetic on (index, seed, epoch, step, rank, world size).
 
-An epoch is ⌊N/B⌋ steps. It permutes the shards, sees them as one sequence that starts at a random place, cuts it into K
-equal lanes, shuffles each lane in blocks that do not overlap, and gives every step the next B/K samples of every lane.
+An epoch is ⌊N/B⌋ steps. It permutes stretches of shards, sees them as one sequence that starts at a random place, cuts
+it into K equal lanes, shuffles each lane in blocks that do not overlap, and gives every step the next B/K samples of
+every lane.
 Ranks own lanes: neither their number nor that of any workers changes which samples a step uses.
 """
 
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from uvit_dist.errors import ConfigError
 
 Ids = NDArray[np.int64]
+STRETCH = 256
+"""Samples of a shard that stay together. All mirror images of a shard are in one other shard: whole shards would let
+the two meet seldom, and then for long."""
 Pieces = tuple[tuple[int, int, int], ...]
 """Runs of samples in shards: (shard, first sample in it, number of samples)."""
 
@@ -133,9 +137,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """The shards of an epoch one after the other, from a random start, around the end."""
+    """The stretches of an epoch one after the other, from a random start, around the end.
+
+    shards, firsts: the shard of each, and its first sample in it; ends: where it ends in the sequence.
+    """
 
     shards: Ids
+    firsts: Ids
     ends: Ids
     start: int
 
@@ -147,14 +155,19 @@ class _Sequence:
             row = int(np.searchsorted(self.ends, place, side="right"))
             begin = int(self.ends[row - 1]) if row else 0
             taken = min(size, int(self.ends[row]) - place)
-            out.append((int(self.shards[row]), place - begin, taken))
+            out.append((int(self.shards[row]), int(self.firsts[row]) + place - begin, taken))
             first, size = first + taken, size - taken
         return tuple(out)
 
 
 @lru_cache(maxsize=4)
 def _sequence(shard_counts: tuple[int, ...], seed: int, epoch: int) -> _Sequence:
-    shards = _permutation(seed, "shards", epoch, size=len(shard_counts))
-    ends = np.cumsum(np.asarray(shard_counts, dtype=np.int64)[shards])
+    counts = np.asarray(shard_counts, dtype=np.int64)
+    stretches = -(-counts // STRETCH)
+    shards = np.repeat(np.arange(len(counts)), stretches)
+    firsts = (np.arange(len(shards)) - np.repeat(np.cumsum(stretches) - stretches, stretches)) * STRETCH
+    order = _permutation(seed, "shards", epoch, size=len(shards))
+    shards, firsts = shards[order], firsts[order]
+    ends = np.cumsum(np.minimum(counts[shards] - firsts, STRETCH))
     start = int(_random_words(seed, "start", epoch, count=1)[0] % np.uint64(ends[-1]))
-    return _Sequence(shards, ends, start)
+    return _Sequence(shards, firsts, ends, start)
