@@ -75,7 +75,7 @@ class Unit:
 
 
 def plan_units(images: int, mirror: bool, per_shard: int, seed: int, stem: str = "latents") -> list[Unit]:
-    """The cut of so many images into units, ranges of a seeded permutation; mirror images have an order of their own."""
+    """The cut of images into units, ranges of a seeded permutation; mirror images have an order of their own."""
     again = np.random.Philox(key=[seed, 1]).random_raw(images)
     order = np.argsort(np.random.Philox(key=[seed, 0]).random_raw(images), kind="stable").tolist()
     count = -(-images // per_shard)
