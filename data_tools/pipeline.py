@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_tools import stopping
 from data_tools.decoding import CHUNK, Chunk, Request, decoded, processes_for
 from data_tools.images import ImageSource
 from data_tools.units import POLL_S, Shard, ShardJob, Unit
@@ -150,10 +151,12 @@ class Pipeline:
         try:
             index = self.job.complete()
             while index is None:
+                stopping.check()
                 self._pass()
                 index = self.job.merge() or self.job.complete()
                 if index is None:
                     self._show()
+                    stopping.check()
                     time.sleep(min(POLL_S, self._config.precompute.lease_s / 4))
             return index
         finally:
@@ -183,6 +186,7 @@ class Pipeline:
         """Gather batches, begin with each before the one before it is waited for, and hand on what comes."""
         pending = deque[tuple[_Work, range, Finish]]()
         while (chunk := self._timed("waited_images", lambda: next(chunks, None))) is not None:
+            stopping.check()
             work = self._open[chunk.unit]
             work.chunks.append(chunk)
             self._note(work, chunk)

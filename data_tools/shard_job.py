@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_tools import stopping
 from data_tools.images import ImageSource, Item
 from data_tools.pipeline import Maker, Pipeline
 from data_tools.sources import open_source
@@ -55,7 +56,8 @@ def make_from_images(
     try:
         job.redo_bad()
         pipeline = Pipeline(job, source, maker, config, cheap=config.data.format in CHEAP)
-        index = pipeline.run()
+        with stopping.gently():
+            index = pipeline.run()
         _tell(pipeline.times.summary())
         for name, path, action in [*afterwards(index), *_reference(config, job)]:
             job.once(name, path, action)

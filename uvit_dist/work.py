@@ -155,9 +155,13 @@ class Leases:
         """Give back all that is held."""
         self._end.set()
         self._thread.join()
-        for unit in list(self._held):
-            with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError):
+            for unit in list(self._held):
                 self.release(unit)
+            names = storage.sizes_in(self.directory)  # an interrupt may have come between a lease and its note
+            for unit, told in holders(self.directory, names).items():
+                if told.get("token") == self.us["token"]:
+                    storage.remove(self._path(unit, newest_leases(names)[unit]))
 
     def _path(self, unit: str, generation: int) -> str:
         return storage.join(self.directory, _lease(unit, generation))
