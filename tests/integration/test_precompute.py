@@ -12,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -213,25 +212,3 @@ def test_a_worker_that_is_asked_to_stop_gives_back_what_it_holds(pictures, tmp_p
     assert "Traceback" not in told
     assert not list((tmp_path / "data").glob(".work/*/*.lease-*"))
     assert not list((tmp_path / "data").glob("*.tmp-*"))
-
-
-def test_a_decoding_process_that_is_killed_is_told(pictures, tmp_path):
-    arguments = ["--config", str(DEMO), *overrides(tmp_path / "data", tmp_path / "run"), *FOLDER,
-                 f"data.source={pictures}", "precompute.decode_processes=1"]  # fmt: skip
-    arguments.remove("precompute.decode_processes=0")
-    process = subprocess.Popen([sys.executable, "-m", "data_tools.precompute_latents", *arguments], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    deadline = time.monotonic() + 60
-    while process.poll() is None:  # the decoder is what the fork server's child is
-        assert time.monotonic() < deadline
-        ours = psutil.Process(process.pid).children(recursive=True)
-        decoders = [child for child in ours if child.ppid() != process.pid]
-        if decoders and list((tmp_path / "data").glob(".work/*/unit-*.lease-*")):
-            decoders[0].kill()
-            break
-        time.sleep(0.01)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 73, told
-    assert "error: a decoding process ended (DataLoader worker" in told
-    assert "Traceback" not in told
-    assert not list((tmp_path / "data").glob(".work/*/*.lease-*"))

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import os
+import signal
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from data_tools import status
+from data_tools import decoding, status
 from data_tools.pipeline import Times
 from data_tools.precompute_latents import precompute
 from data_tools.status import describe, jobs_in
@@ -17,9 +20,10 @@ from data_tools.units import ShardJob
 from tests.systems import photographs
 from tests.tiny import tiny_config
 from uvit_dist import storage
+from uvit_dist.config_data import StorageConfig
 from uvit_dist.data.reader import SampleReader
 from uvit_dist.data.shards import read_index, write_shard
-from uvit_dist.errors import DataError, UnavailableError
+from uvit_dist.errors import DataError, OutputError, UnavailableError
 
 CPU = torch.device("cpu")
 IMAGES = 23
@@ -251,3 +255,18 @@ def test_the_bottleneck_is_what_is_waited_for_most(slow, named):
 def test_the_work_directory_is_no_part_of_the_output(whole):
     assert Path(whole, ".work").is_dir()
     assert set(storage.sizes_in(str(whole))) == set(files(whole))
+
+
+class Killed(Dataset):
+    """A decoding process that is killed at its first request."""
+
+    def __getitems__(self, requests):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_decoding_process_that_is_killed_is_told(monkeypatch):
+    monkeypatch.setattr(decoding, "Decoder", lambda reader, size: Killed())
+    requests = [decoding.Request(0, 0, [None])] * 3
+    with pytest.raises(OutputError, match=r"a decoding process ended \(DataLoader worker.*decode_processes to fewer"):
+        list(decoding.decoded(requests, None, 8, 1, StorageConfig()))
