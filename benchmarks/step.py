@@ -7,10 +7,10 @@
 C3: one whole step in fp32 on the shape of U-ViT-S/2 with labels, 16 samples: draws, forward, backward, AdamW, EMA. The
 official side is its own train state, loss, optimizer, rate and EMA, imported as they are, with its activation
 checkpointing (the setting of its M, L and H) and without. Ours is the Engine under DeepSpeed at stage 0, with the draws
-by sample id. The gate is that of benchmarks.official_parity: twenty steps, and controls that must fail it. C4: the EMA of
-44.8 million weights against the official loop. C10: what DeepSpeed's ZeRO-1 on two ranks hands to the collectives,
-counted, and what went over loopback, against 2 (N - 1)/N times the weights' bytes: gradients and weights. Exit code 1 below "pass" or
-where a gate fails.
+by sample id. The gate is that of benchmarks.official_parity: twenty steps, and controls that must fail it. C4: the EMA
+of 44.8 million weights against the official loop. C10: what a rank of two sends over loopback in a step at ZeRO-1,
+headers too, against 2 (N - 1)/N times the weights' bytes: the gradients' sums, and the weights. Exit code 1 below
+"pass" or where a gate fails.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from benchmarks import ROOT, official_parity
@@ -157,8 +154,11 @@ def measure_c4(modules: official_parity.Modules, official: Path, count: int) -> 
     ours = [p.clone() for p in start]
     ema_update_(ours, weights, DECAY)
     exact = [a.double() * DECAY + b.double() * (1 - DECAY) for a, b in zip(start, weights, strict=True)]
-    off = max((a - b).abs().max().item() for a, b in zip(ours, exact, strict=True))
-    apart = max((a - b.detach().flatten()).abs().max().item() for a, b in zip(ours, target.parameters(), strict=True))
+    off, apart = (
+        max(((a - b.detach().flatten()).abs() / b.detach().flatten().abs().clamp(min=1)).max().item()
+            for a, b in zip(ours, others, strict=True))
+        for others in (exact, target.parameters())
+    )  # fmt: skip
     numel = sum(p.numel() for p in weights)
     flat, eighth = ([torch.cat(tensors)[: numel // n] for tensors in (ours, weights)] for n in (1, 8))
     repeats = 4
@@ -191,35 +191,6 @@ def measure_c4(modules: official_parity.Modules, official: Path, count: int) -> 
 # -- C10 ---------------------------------------------------------------------------------------------------------------
 
 RANKS, C10_BATCH, C10_STEPS = 2, 4, 3
-_ADDED_UP = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
-
-
-@contextmanager
-def counted_bytes(sent: dict[str, float]) -> Iterator[None]:
-    """Inside, what a rank sends is added up by kind of collective, at the least that N ranks can do with.
-
-    Of s bytes in all: (N - 1)/N s for a reduce, a broadcast, a reduce-scatter and an all-gather, twice that for an
-    all-reduce.
-    """
-
-    def size(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        return sum(map(size, value)) if isinstance(value, list | tuple) else 0
-
-    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            share = (torch_dist.get_world_size() - 1) / torch_dist.get_world_size()
-            whole = max(map(size, [*args, *kwargs.values()]))
-            sent[name] = sent.get(name, 0.0) + share * whole * (2 if name == "all_reduce" else 1)
-            return original(*args, **kwargs)
-
-        return call
-
-    with ExitStack() as patches:
-        for name in _ADDED_UP:
-            patches.enter_context(mock.patch.object(torch_dist, name, counting(name, getattr(torch_dist, name))))
-        yield
 
 
 def wire_bytes() -> int:
@@ -249,14 +220,12 @@ def rank_of_c10(rank: int, world_size: int, port: int, out: str) -> None:
     each, rows = C10_BATCH // world_size, []
     for number in range(1 + C10_STEPS):
         batch = batch_of(number, C10_BATCH).to(torch.device("cpu"), slice(rank * each, (rank + 1) * each))
-        sent: dict[str, float] = {}
         dist.barrier()
         before = wire_bytes()
         dist.barrier()
-        with counted_bytes(sent):
-            loss = engine.train_step([batch], loss_of, guard.admits).loss
+        loss = engine.train_step([batch], loss_of, guard.admits).loss
         dist.barrier()
-        rows.append({"loss": loss, "sent": sent, "wire": (wire_bytes() - before) / world_size})
+        rows.append({"loss": loss, "wire": (wire_bytes() - before) / world_size})
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
     ema = sum(value.numel() for key, value in engine.local_state().items() if key.startswith("ema/"))
     Path(f"{out}-{world_size}-{rank}.json").write_text(json.dumps({"rows": rows, "weights": weights, "ema": ema}))
@@ -294,8 +263,7 @@ def measure_c10(directory: Path) -> dict[str, Any]:
     gates = {"losses as with one rank, within 1e-5": off <= 1e-5,
              "the EMA is sharded": max(held) <= 1.01 * weights / RANKS and sum(held) == weights}  # fmt: skip
     rows = [found[RANKS, rank]["rows"][1 + step] for rank in range(RANKS) for step in range(C10_STEPS)]
-    against = {"bytes_vs_theory": [sum(row["sent"].values()) / theory for row in rows],
-               "wire_vs_theory": [row["wire"] / theory for row in rows]}  # fmt: skip
+    against = {"bytes_vs_theory": [row["wire"] / theory for row in rows]}
     setting = {**S2, "weights": weights, "ranks": RANKS, "batch": C10_BATCH, "precision": "fp32", "theory_bytes": theory,
                "loss_difference": off, "ema_elements": held}  # fmt: skip
     return result("C10", LIMITS["C10"], against, gates, {"unit": "bytes of a rank and step", "rows": rows}, setting,

@@ -1,0 +1,34 @@
+"""The benchmark of a GPU runs through at tiny size on whatever is here, so that it works the first time on one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_part_of_the_gpu_benchmark_is_measured_at_tiny_size(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    assert record["not_measured"] == {}
+    assert all(figure["value"] >= 0 for figure in record["figures"])
+    assert {figure["name"][:2] for figure in record["figures"]} == {"G0", "G1", "G3", "G4", "G5", "G6", "G7", "G8"}
+    assert record["ways"]
+
+
+def test_without_a_gpu_full_size_is_refused_with_what_to_do():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--tiny" in done.stderr
