@@ -6,13 +6,15 @@
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
 # make bench-checkpoint  how long training stands still for a checkpoint
 # make soak  for hours: more seeds of the tests that kill at random
+# make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
+# make bench-gpu [OFFICIAL=DIR]  all that is measured on a GPU, in nine minutes
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-checkpoint bench-shuffle
+.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle
 
 env: $(VENV)/.installed
 
@@ -50,6 +52,12 @@ bench-precompute: env
 
 bench-checkpoint: env
 	$(RUN) -m benchmarks.checkpoint
+
+bench-step: env
+	$(RUN) -m benchmarks.step --official "$(OFFICIAL)"
+
+bench-gpu: env
+	$(RUN) -m benchmarks.gpu --out benchmarks/results/gpu.json $(if $(OFFICIAL),--official "$(OFFICIAL)")
 
 bench-shuffle: env
 	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json

@@ -264,8 +264,8 @@ def measure_c10(directory: Path) -> dict[str, Any]:
              "the EMA is sharded": max(held) <= 1.01 * weights / RANKS and sum(held) == weights}  # fmt: skip
     rows = [found[RANKS, rank]["rows"][1 + step] for rank in range(RANKS) for step in range(C10_STEPS)]
     against = {"bytes_vs_theory": [row["wire"] / theory for row in rows]}
-    setting = {**S2, "weights": weights, "ranks": RANKS, "batch": C10_BATCH, "precision": "fp32", "theory_bytes": theory,
-               "loss_difference": off, "ema_elements": held}  # fmt: skip
+    setting = {**S2, "weights": weights, "ranks": RANKS, "batch": C10_BATCH, "precision": "fp32",
+               "theory_bytes": theory, "loss_difference": off, "ema_elements": held}  # fmt: skip
     return result("C10", LIMITS["C10"], against, gates, {"unit": "bytes of a rank and step", "rows": rows}, setting,
                   COMMAND, at_most=LIMITS["C10"])  # fmt: skip
 
