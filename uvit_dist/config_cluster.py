@@ -176,6 +176,11 @@ def _with_tuples(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def job_directory(run_dir: str | Path, name: str) -> Path:
+    """Where a job of a run keeps its order, its lease, its attempts and submitit's files."""
+    return Path(run_dir, "launch", name).absolute()
+
+
 def write_order(order: Order) -> str:
     """Write an order to its ``order.json``, whole or not at all. Returns the path."""
     path = Path(order.directory, "order.json")
