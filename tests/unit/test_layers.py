@@ -74,6 +74,7 @@ LAYERS = {
         "dry_run",
         "launch",
         "supervisor",
+        "rounds",
         "worker",
         "sample",
         "convert",
