@@ -43,13 +43,16 @@ def run(order_path: str) -> None:
     raise SystemExit(supervise(order_path))  # never a result: submitit would pickle it, and a kill leave half of it
 
 
-def submit(order: Order, after: str | None = None) -> str:
+def submit(order: Order, after: str | None = None, exclude: Sequence[str] = ()) -> str:
     """Submit an order as a job, also from inside another. Returns its id.
 
-    after: the id of a job in whose place this one steps if that fails: a guard. Raises ``ConfigError`` with sbatch's
+    after: the id of a job in whose place this one steps if that fails: a guard; exclude: hosts to leave out, beside
+    those of the profile. Raises ``ConfigError`` with sbatch's
     own words where it refuses, ``UnavailableError`` where SLURM does not answer.
     """
-    return _submitted(_executor(order, submitit_folder(order), after), [order])[0]
+    hosts = tuple(dict.fromkeys((*order.profile.exclude, *exclude)))
+    changed = order.model_copy(update={"profile": order.profile.model_copy(update={"exclude": hosts})})
+    return _submitted(_executor(changed, submitit_folder(order), after), [order])[0]
 
 
 def submit_array(orders: Sequence[Order]) -> list[str]:
