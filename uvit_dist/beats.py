@@ -213,3 +213,28 @@ class BeatServer:
 def alive(views: Sequence[RankView]) -> Iterator[RankView]:
     """The ranks that have neither ended nor gone."""
     return (view for view in views if view.end is None and view.gone_at is None)
+
+
+def serve(name: str, hosts: Sequence[str], fence_s: float) -> tuple[str, BeatServer]:
+    """A server for the ranks' beats, and the name by which they reach it.
+
+    name: of this host, one of hosts. It listens on the address of that name; on all where that is loopback, while other
+    hosts need it.
+    """
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address, name = "", socket.gethostname()
+    if address.startswith("127.") and not all(map(_is_loopback, hosts)):
+        address = ""
+    try:
+        return name, BeatServer(address, fence_s)
+    except OSError:
+        return name, BeatServer("", fence_s)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False

@@ -113,6 +113,15 @@ def is_gone(job_id: str, patience_s: float = PATIENCE_S) -> bool:
     return state is None or state in GONE
 
 
+def is_cancelled(job_id: str, patience_s: float = PATIENCE_S) -> bool:
+    """Whether a job was cancelled, also while its processes still end. Raises ``UnavailableError``."""
+    options = ["--noheader", "--states=CANCELLED", "--jobs", job_id, "--format=%T"]
+    try:
+        return bool(_ask(["squeue", *options], patience_s).strip())
+    except _Failed:
+        return False
+
+
 def end_time(job_id: str, patience_s: float = 0.0) -> float | None:
     """When a running job's time limit ends it, Unix seconds; none where there is no limit, or nobody says."""
     try:
@@ -144,14 +153,18 @@ def _expand_group(group: str) -> list[str]:
     return [f"{head}{number}{end}" for number in numbers for end in _expand_group(tail)]
 
 
+def require_scontrol() -> None:
+    """Raises ``UnavailableError`` where this machine has no ``scontrol``."""
+    if not shutil.which("scontrol"):
+        raise UnavailableError("scontrol is not on this machine, so that a job cannot be requeued from it")
+
+
 def requeue(job_id: str) -> None:
     """Put a running job back into the queue, which ends its processes. Raises ``UnavailableError`` where it cannot."""
-    if not shutil.which("scontrol"):
-        raise UnavailableError(f"job {job_id}: scontrol is not on this machine; submit a successor")
     try:
         _ask(["scontrol", "requeue", job_id], PATIENCE_S)
     except _Failed as error:
-        raise UnavailableError(f"job {job_id}: SLURM does not requeue it ({error.words}); submit a successor") from None
+        raise UnavailableError(f"job {job_id}: SLURM does not requeue it ({error.words})") from None
 
 
 def exclude(job_id: str, names: Sequence[str], nodes: int) -> None:

@@ -75,6 +75,8 @@ LAYERS = {
         "launch",
         "supervisor",
         "rounds",
+        "succession",
+        "notices",
         "worker",
         "sample",
         "convert",
