@@ -22,21 +22,11 @@ LOOKED_S, ASKED_S = 1.0, 15.0
 LEFT_EXIT_CODE = 130
 
 
-def rank_log(order: Order) -> Path:
-    """The log of rank 0."""
-    parts = () if order.name == "train" else (order.name,)
-    return Path(order.run_dir, "logs", *parts, "rank-00000.log")
-
-
 class _Tail:
     """Prints what is added to files."""
 
     def __init__(self) -> None:
         self._places: dict[Path, int] = {}
-
-    def skip(self, path: Path) -> None:
-        """Pass over what is there now."""
-        self._places[path] = path.stat().st_size if path.exists() else 0
 
     def show(self, path: Path) -> None:
         if not path.exists():
@@ -49,24 +39,24 @@ class _Tail:
         sys.stdout.flush()
 
 
-def follow(orders: Sequence[Order], from_now: bool = True) -> int:
-    """Print the logs of jobs until each is finished, through requeues and successors. Returns their exit code.
+def follow(orders: Sequence[Order]) -> int:
+    """Print what the supervisors of jobs and their ranks 0 say until each is finished, through requeues and successors.
 
-    from_now: leave out what rank 0 logged earlier. Of several jobs the first code that is not 0 counts.
+    Returns their exit code; of several jobs the first that is not 0.
     """
     tail, told = _Tail(), ""
-    for order in orders if from_now else ():
-        tail.skip(rank_log(order))
     asked = time.monotonic()
     try:
         while True:
             lives = [attempts.read(order.directory) for order in orders]
+            ends = [attempts.finished(events) for events in lives]
+            ended = all(end is not None for end in ends)
+            if ended:
+                time.sleep(LOOKED_S)  # for its last words
             for order, events in zip(orders, lives, strict=True):
                 for job_id in _job_ids(events):
                     tail.show(submit.batch_log(order, job_id))
-                tail.show(rank_log(order))
-            ends = [attempts.finished(events) for events in lives]
-            if all(end is not None for end in ends):
+            if ended:
                 return next((int(end["exit_code"]) for end in ends if end is not None and end["exit_code"]), 0)
             if time.monotonic() - asked > ASKED_S:
                 asked = time.monotonic()
@@ -124,7 +114,7 @@ def main() -> None:
         path = job_directory(args.run_dir, args.name) / "order.json"
         if not path.exists():
             raise MissingInputError(f"{path}: no such job; those of the run are in {path.parents[1]}")
-        code = follow([read_order(path)], from_now=False)
+        code = follow([read_order(path)])
     sys.exit(code)
 
 

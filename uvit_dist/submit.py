@@ -6,8 +6,10 @@ The supervisor starts the ranks itself: ``uvit_dist.supervisor``.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from uvit_dist.errors import ConfigError, UnavailableError
 
 RANK_VARIABLES = ("NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH", "PYTHONSAFEPATH")
 """What a submission from inside a job must not hand on, beside what submitit takes away."""
+KEPT = ("SLURM_CONF", "SBATCH_")
+"""What submitit would take away, and sbatch needs."""
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes")
 MODULES = (
     "type module >/dev/null 2>&1 || for file in /etc/profile.d/*modules*.sh /etc/profile.d/*lmod*.sh; do "
@@ -65,12 +69,21 @@ def submit_array(orders: Sequence[Order]) -> list[str]:
 def _submitted(executor: SlurmExecutor, orders: Sequence[Order]) -> list[str]:
     paths = [str(Path(order.directory, "order.json")) for order in orders]
     try:
-        with clean_env(RANK_VARIABLES):
+        with _environment_of_a_submission():
             return [str(job.job_id) for job in executor.map_array(run, paths)]
     except (FailedJobError, FailedSubmissionError) as error:
         if any(words in str(error) for words in UNREACHABLE):
             raise UnavailableError(f"SLURM does not answer: {error}; nothing was submitted, try again") from None
         raise ConfigError(f"sbatch refused the job: {error}; mend launch.cluster or the launch section") from None
+
+
+@contextlib.contextmanager
+def _environment_of_a_submission() -> Iterator[None]:
+    """Without what a job has of its own; with what tells sbatch its cluster and the user's defaults."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
+    with clean_env(RANK_VARIABLES):
+        os.environ.update(kept)
+        yield
 
 
 def script(order: Order, tasks: int = 1) -> str:
