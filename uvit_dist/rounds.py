@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from uvit_dist import faults, slurm, watchdog
-from uvit_dist.beats import BeatServer, alive
+from uvit_dist.beats import BeatServer, RankView, alive
 from uvit_dist.config_cluster import Order
 from uvit_dist.errors import HANG_EXIT_CODE, UnavailableError
 from uvit_dist.verdicts import STARTING, Limits, Verdict, judge, verdict_of_end
@@ -142,9 +142,7 @@ class Round:
         while srun.poll() is None:
             time.sleep(LOOK_S)
             views = self.server.views()
-            if not self._ran and (running := [view for view in views if view.phase not in STARTING]):
-                self._ran = True
-                self.on_running(running[0].step)
+            self._note_running(views)
             stop, end = self.stopping()
             if stop and not self._told:
                 self._told = True
@@ -159,7 +157,13 @@ class Round:
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and any(view.heard_at for view in alive(self.server.views())):
             time.sleep(0.05)
+        self._note_running(self.server.views())
         return None
+
+    def _note_running(self, views: Sequence[RankView]) -> None:
+        if not self._ran and (running := [view for view in views if view.phase not in STARTING]):
+            self._ran = True
+            self.on_running(running[0].step)
 
     def _show_stacks(self, job_id: str, name: str) -> None:
         """Have every rank write the stacks of its threads to its log: by its watchdog, or by a signal where that is

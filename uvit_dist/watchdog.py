@@ -102,8 +102,7 @@ class _Client(threading.Thread):
                         return
                     if self._socket is None:
                         self._connect()
-                    self._beat += 1
-                    self._send({"beat": self._beat, "count": _count, "phase": _phase, "step": _step, "save_s": _save_s})
+                    self._send_beat()
                 while (left := began + BEAT_S - time.monotonic()) > 0 and not self._ended:
                     self._listen(left)
             except OSError:
@@ -123,6 +122,7 @@ class _Client(threading.Thread):
                 self._connect()
             connection = self._socket
             assert connection is not None
+            self._send_beat()
             self._send(message)
             connection.shutdown(socket.SHUT_WR)
             connection.settimeout(LAST_WORDS_S)
@@ -142,6 +142,10 @@ class _Client(threading.Thread):
     def _send(self, message: dict[str, Any]) -> None:
         assert self._socket is not None
         self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def _send_beat(self) -> None:
+        self._beat += 1
+        self._send({"beat": self._beat, "count": _count, "phase": _phase, "step": _step, "save_s": _save_s})
 
     def _listen(self, timeout_s: float) -> None:
         """Hear what has come, for so long at most. Raises ``OSError`` where the connection is gone."""
