@@ -218,23 +218,23 @@ def alive(views: Sequence[RankView]) -> Iterator[RankView]:
 def serve(name: str, hosts: Sequence[str], fence_s: float) -> tuple[str, BeatServer]:
     """A server for the ranks' beats, and the name by which they reach it.
 
-    name: of this host, one of hosts. It listens on the address of that name; on all where that is loopback, while other
-    hosts need it.
+    name: of this host, one of hosts. It listens on the address of that name alone; on all where that is loopback, while
+    other hosts have addresses in a network.
     """
+    found = _address(name)
+    if found is None:  # SLURM's names of nodes need not be those of machines
+        name, found = socket.gethostname(), _address(socket.gethostname())
+    own = found or ""
+    if own.startswith("127.") and not all((_address(host) or own).startswith("127.") for host in hosts):
+        own = ""
     try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        address, name = "", socket.gethostname()
-    if address.startswith("127.") and not all(map(_is_loopback, hosts)):
-        address = ""
-    try:
-        return name, BeatServer(address, fence_s)
+        return name, BeatServer(own, fence_s)
     except OSError:
         return name, BeatServer("", fence_s)
 
 
-def _is_loopback(host: str) -> bool:
+def _address(host: str) -> str | None:
     try:
-        return socket.gethostbyname(host).startswith("127.")
+        return socket.gethostbyname(host)
     except OSError:
-        return False
+        return None

@@ -117,7 +117,8 @@ class Round:
         return {
             "OMP_NUM_THREADS": str(self.order.profile.cpus_per_task),
             **os.environ,
-            "MASTER_ADDR": self.hosts[0],
+            # rank 0 is where this process is, as SLURM starts batch processes, and its name is known to be good
+            "MASTER_ADDR": self.address if self.hosts[0] == watchdog.host_name() else self.hosts[0],
             "MASTER_PORT": str(self._free_port()),
             watchdog.VARIABLE: f"{self.address}:{self.server.port}:{token}",
             faults.ATTEMPT_VARIABLE: str(self.attempt),

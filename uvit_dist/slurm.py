@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
@@ -25,7 +26,7 @@ PAUSE_S = 2.0
 UNKNOWN = ("Invalid job id", "Invalid job array", "job not found")
 GONE = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 """States of jobs that will not run any more. PREEMPTED may still be requeued."""
-USABLE = ("idle", "alloc", "mix", "comp", "resv")
+USABLE = ("idle", "alloc", "mix", "comp", "resv", "plnd")
 """States of nodes that can be given to a job, now or later."""
 PROBE_S = 8.0
 """Seconds that a host has to start a process."""
@@ -167,19 +168,24 @@ def requeue(job_id: str) -> None:
         raise UnavailableError(f"job {job_id}: SLURM does not requeue it ({error.words})") from None
 
 
-def exclude(job_id: str, names: Sequence[str], nodes: int) -> None:
-    """Have a job that was just requeued leave out hosts, if enough are left without them; else, and where SLURM will
-    not, nothing is done. nodes: that it needs."""
-    if not names or not shutil.which("sinfo"):
-        return
+def spared(names: Sequence[str], nodes: int) -> list[str]:
+    """Those hosts, if this job's partition has enough others; else none. nodes: that the job needs."""
+    if not names:
+        return []
     partition = [f"--partition={os.environ['SLURM_JOB_PARTITION']}"] if "SLURM_JOB_PARTITION" in os.environ else []
     try:
         lines = _call(["sinfo", "--noheader", "--Node", "--format=%N %t", *partition]).splitlines()
-        sound = {words[0] for words in map(str.split, lines) if words[1:] and words[1].startswith(USABLE)}
-        if len(sound - set(names)) >= nodes:
-            _call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(names)}"])
     except _Failed:
-        return
+        return []
+    sound = {words[0] for words in map(str.split, lines) if words[1:] and words[1].rstrip("$@+") in USABLE}
+    return list(names) if len(sound - set(names)) >= nodes else []
+
+
+def exclude(job_id: str, names: Sequence[str]) -> None:
+    """Have a job that was just requeued leave out hosts; where SLURM will not, nothing is done."""
+    if names:
+        with contextlib.suppress(_Failed):
+            _call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(names)}"])
 
 
 def cancel(job_id: str, patience_s: float = 30.0) -> None:

@@ -39,9 +39,28 @@ class Succession:
 
     # -- before ----------------------------------------------------------------------------------------------------
 
-    def nothing_to_do(self) -> bool:
-        """Whether no supervisor is needed any more: a guard whose run is at its end, or was cancelled."""
+    def take_over(self, silence_s: float) -> bool:
+        """Take the lease, when nothing of the job before lives any more; note how its last attempt ended.
+
+        Returns whether there is something to do. silence_s: a rank that no supervisor answers for so long ends itself.
+        Raises ``OutputError`` where another job holds the lease, ``UnavailableError``.
+        """
+        lease.confirm(self._order.directory, self.job, self._is_gone)  # first: a launcher may still write the events
         events = self._events()
+        if self._nothing_to_do(events):
+            lease.release(self._order.directory, self.job)
+            return False
+        self._close_open_attempt(events)
+        ends = [event for event in events if event["event"] == "ended"]
+        if ends and ends[-1]["cause"] == "node_lost":
+            left = min(ends[-1]["time"] + silence_s - time.time(), silence_s)
+            if left > 0:
+                log.info("waiting %.0f s, until no rank can live on the lost host", left)
+                time.sleep(left)
+        return True
+
+    def _nothing_to_do(self, events: Sequence[Event]) -> bool:
+        """Whether no supervisor is needed any more: a guard whose run is at its end, or was cancelled."""
         end = attempts.finished(events)
         if end is not None:
             # SLURM never requeues what a user has cancelled: it was no cancellation
@@ -54,30 +73,13 @@ class Succession:
             before = mine[-1]["guard_of"]
             with contextlib.suppress(UnavailableError):
                 if slurm.is_cancelled(before):
-                    log.info("job %s, which this one follows, was cancelled: nothing to do", before)
+                    reason = f"job {before} was cancelled"
+                    log.info("%s: nothing to do", reason)
                     self._record.add(
-                        "finished", exit_code=INTERRUPTED_EXIT_CODE, reason=f"job {before} was cancelled",
-                        cause="cancelled",
+                        "finished", exit_code=INTERRUPTED_EXIT_CODE, reason=reason, cause="cancelled"
                     )  # fmt: skip
-                    lease.release(self._order.directory, before)
                     return True
         return False
-
-    def take_over(self, silence_s: float) -> None:
-        """Take the lease, when nothing of the job before lives any more; note how its last attempt ended.
-
-        silence_s: a rank that no supervisor answers for so long ends itself. Raises ``OutputError`` where another job
-        holds the lease, ``UnavailableError``.
-        """
-        events = self._events()
-        lease.confirm(self._order.directory, self.job, self._is_gone)
-        self._close_open_attempt(events)
-        ends = [event for event in events if event["event"] == "ended"]
-        if ends and ends[-1]["cause"] == "node_lost":
-            left = min(ends[-1]["time"] + silence_s - time.time(), silence_s)
-            if left > 0:
-                log.info("waiting %.0f s, until no rank can live on the lost host", left)
-                time.sleep(left)
 
     def _is_gone(self, job: str) -> bool:
         """Whether the job that holds the lease is gone. One that hands over to this one is waited for."""
@@ -116,11 +118,15 @@ class Succession:
         try:
             guards = [event["job_id"] for event in self._events() if event.get("guard_of") == self.job]
             if not any(slurm.job_state(guard, 10.0) == "PENDING" for guard in guards):
-                self._note_submitted(submit.submit(self._order, after=self.job))
+                self._note_submitted(submit.submit(self._order, self.job, self._excluded()))
         except UserError as error:
             log.warning("no guard is in the queue yet: %s", error)
             return
         self._guarded = True
+
+    def _excluded(self) -> list[str]:
+        """Hosts that failed, where enough are left without them."""
+        return slurm.spared(attempts.hosts_to_exclude(self._events()), self._order.nodes)
 
     def _note_submitted(self, job: str) -> None:
         self._record.add(
@@ -145,17 +151,16 @@ class Succession:
         Returns the exit code to end with.
         """
         log.info("requeueing: %s", reason)
-        excluded = attempts.hosts_to_exclude(self._events())
         try:
             slurm.require_scontrol()
             self._record.add("requeued", how="scontrol", reason=reason)  # before: SLURM ends this process
             slurm.requeue(self._raw_job)
-            slurm.exclude(self._raw_job, excluded, self._order.nodes)
+            slurm.exclude(self._raw_job, self._excluded())
             return INTERRUPTED_EXIT_CODE
         except UnavailableError as error:
             log.warning("%s", error)
         try:
-            successor = submit.submit(self._order)
+            successor = submit.submit(self._order, exclude=self._excluded())
         except UserError as error:
             log.warning("no successor: %s; the guard goes on", error)
             self._record.add("requeued", how="guard", reason=reason)

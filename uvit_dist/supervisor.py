@@ -71,9 +71,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Take over, then attempt after attempt. Returns the exit code."""
-        if self.succession.nothing_to_do():
+        if not self.succession.take_over(self.limits.silence_s):
             return 0
-        self.succession.take_over(self.limits.silence_s)
         self.record.add("started", hosts=self.hosts)
         log.info("job %s on %s", self.succession.job, ", ".join(self.hosts))
         self.notices.know_the_limit(self.order.profile.lead_s(attempts.longest_save_s(self._events())))

@@ -118,7 +118,7 @@ def end(saver: Saver, copier: Copier | None, loader: ShardLoader, report: Report
 
     Raises ``OutputError`` on every rank where it cannot be written.
     """
-    watchdog.progress("saving")
+    watchdog.progress("saving", saver.saved)
     saver.finish(must_succeed=True)
     saver.close()
     loader.close()
