@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ def make_order(
         )
     name = job if task is None else f"{job}-{task}"
     directory = job_directory(config.run_dir, name)
-    code, events = snapshot.place(config.run_dir), attempts.read(directory)
+    code, events = snapshot.place(config.run_dir), []
+    with contextlib.suppress(OSError):  # what is wrong with run_dir is told where it is written to
+        events = attempts.read(directory)
     return Order(
         job=job,
         name=name,
