@@ -22,7 +22,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from uvit_dist import dist, faults, storage
+from uvit_dist import dist, faults, pins, storage
 from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, OutputError
@@ -135,6 +135,7 @@ def set_aside(directory: Path, reason: str = "made anew") -> None:
 def retain(run_dir: str | Path, step: int, config: CheckpointConfig, spared: str | None = None) -> list[str]:
     """Delete the whole checkpoints up to ``step``, the one just committed, that the configuration does not keep.
 
+    Those that are to be evaluated yet stay, too (``pins``).
     spared: the name of one that is in use. Returns the names of those that stay.
     """
     parent = checkpoints_dir(run_dir)
@@ -144,7 +145,8 @@ def retain(run_dir: str | Path, step: int, config: CheckpointConfig, spared: str
         loss = json.loads((path / MANIFEST).read_text()).get("validation_loss")
         if loss is not None:
             losses[_step_of(path)] = float(loss)
-    stay = kept([_step_of(path) for path in whole], losses, config)
+    steps = [_step_of(path) for path in whole]
+    stay = kept(steps, losses, config) | pins.pinned(run_dir, steps)
     for path in whole:
         if _step_of(path) in stay or path.name == spared:
             continue

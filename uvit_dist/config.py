@@ -243,6 +243,14 @@ class LaunchConfig(Section):
     nodes: int = Field(1, gt=0, description="machines")
     processes_per_node: int = Field(gt=0, description="ranks on each machine, one for each GPU")
     timeout_s: float = Field(600.0, gt=0, description="seconds a collective may take before the ranks give up")
+    cluster: str | None = Field(
+        None, description="the cluster's profile, as those in slurm/; none: its defaults (launch.target slurm)"
+    )
+    attempts: int = Field(3, gt=0, description="failures in a row without a new checkpoint before a SLURM job gives up")
+    silence_s: float = Field(60.0, gt=0, description="seconds without a heartbeat after which a rank is taken for lost")
+    hang_s: float = Field(450.0, gt=0, description="seconds without progress after which a rank is taken for stuck")
+    start_s: float = Field(1800.0, gt=0, description="the same while ranks start: imports, resuming, the first step")
+    preflight: bool = Field(False, description="let the ranks of a SLURM job talk and be timed before they start")
 
 
 class Config(Section):

@@ -119,6 +119,11 @@ def _launch_rules(sections: Mapping[str, Any]) -> list[Rule]:
             "rank retries, the others wait for it in a collective",
         ),
         (
+            launch.target != "slurm" or storage.retry_s < launch.hang_s,
+            f"storage.retry_s {storage.retry_s:g} must be less than launch.hang_s {launch.hang_s:g}: a rank that still "
+            "retries would be taken for stuck",
+        ),
+        (
             launch.target != "local" or launch.nodes == 1,
             f"launch.nodes {launch.nodes}: launch.target local is this machine alone; set launch.nodes 1",
         ),

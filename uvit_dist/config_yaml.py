@@ -39,10 +39,11 @@ def _key_names(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     return list(section.model_fields) if section else []
 
 
-def _describe(error: Any) -> list[str]:
+def described(error: Any, root: type[BaseModel] = Config) -> list[str]:
+    """One of pydantic's errors about ``root`` in our words, a line for each mistake, with the nearest valid name."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _key_names(Config, error["loc"]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(error["loc"][-1]), _key_names(root, error["loc"]), n=1, cutoff=0.5)
         hint = f"; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])}?" if near else ""
         return [f"{key}: no such key{hint}"]
     if error["type"] == "missing":
@@ -58,7 +59,7 @@ def parse_config(tree: dict[str, Any], origin: str = "configuration") -> Config:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         errors = error.errors()
-        lines = [line for item in errors for line in _describe(item)]
+        lines = [line for item in errors for line in described(item)]
         if not any(item["loc"] == () for item in errors):  # pydantic looks at these only where all else is well
             lines += [message for holds, message in rules_between(_valid_sections(tree)) if not holds]
         raise ConfigError(f"{origin}: {len(lines)} mistake(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
@@ -80,7 +81,8 @@ def _valid_sections(tree: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _parse_yaml(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str) -> Any:
+    """YAML of plain values. Raises ``ConfigError``, which names the origin and the line."""
     try:
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
@@ -105,7 +107,7 @@ def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             branch = branch[parent]
             if not isinstance(branch, dict):
                 raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        branch[last] = _parse_yaml(value, f"override {override!r}")
+        branch[last] = parse_yaml(value, f"override {override!r}")
     return tree
 
 
@@ -125,7 +127,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{named}: cannot be read ({error}); give the path of a YAML file") from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of sections")
     if "base" not in tree:

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from uvit_dist import checkpoint, dist, storage
+from uvit_dist import checkpoint, dist, storage, watchdog
 from uvit_dist.data.batch import Batch
 from uvit_dist.data.journal import Journal
 from uvit_dist.data.loader import ShardLoader
@@ -52,6 +52,7 @@ def recover(engine: Engine, loader: ShardLoader, guard: Guard, batch: Batch, res
     first = Journal.from_dict(reader.manifest["journal"]).plan_step(reader.manifest["step"])
     action = f"back to {path.name}, steps {first}…{batch.step} of the data are left out, rollbacks left: {left - 1}"
     log.warning("%s", report(engine, batch, result, guard, action))
+    watchdog.progress(watchdog.PREPARING)
     engine.load_state(reader.read, reader.manifest["step"])
     loader.adopt(loader.journal.skipping(first, batch.step), engine.step)
     return guard.gone_back(reader.manifest.get("guard", {}))

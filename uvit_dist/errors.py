@@ -61,6 +61,8 @@ class NumericalError(UserError):
 
 INTERRUPTED_EXIT_CODE = 75
 """A job was asked to stop, saved its state and can be started again (EX_TEMPFAIL)."""
+HANG_EXIT_CODE = 74
+"""A rank stood still, or lost its supervisor, and was ended: the job can be started again (EX_IOERR)."""
 
 
 @contextlib.contextmanager

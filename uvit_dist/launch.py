@@ -1,37 +1,33 @@
-"""Start a job: one process for each rank on this machine.
+"""Start a job: on this machine, or on a cluster through SLURM, as the configuration's launch section says.
 
     python -m uvit_dist.launch --config configs/digits_demo.yaml
-    python -m uvit_dist.launch --config configs/digits_demo.yaml --job precompute
     python -m uvit_dist.launch --config configs/digits_demo.yaml --job evaluate sample.cfg_scale=0.5
     python -m uvit_dist.launch --config configs/digits_demo.yaml --local 1
+    python -m uvit_dist.launch --config configs/uvit_h_imagenet512.yaml --dry-run
+    python -m uvit_dist.launch --config configs/uvit_h_imagenet512.yaml --then evaluate --follow
+    python -m uvit_dist.launch --config configs/uvit_h_imagenet512.yaml --job precompute --array 8
 
-Exit codes: 0 done; 75 stopped by a signal, start again to go on; 130 stopped at once by a second one; 78 the
-configuration is wrong; 65 damaged or contradicting data; 66 a missing file; 69 a server that does not answer; 70 a loss
-that is not finite; 73 something cannot be written; 2 the command line is wrong; 1 another fault.
+Exit codes: 0 done, or submitted; 75 stopped by a signal, start again to go on; 130 stopped at once by a second one, or
+no longer followed; 78 the configuration is wrong; 65 damaged or contradicting data; 66 a missing file; 69 a server that
+does not answer; 70 a loss that is not finite; 73 something cannot be written, or another job holds the run; 74 a rank
+stood still; 2 the command line is wrong; 1 another fault, or given up after launch.attempts failures.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from pathlib import Path
 
-from uvit_dist import storage
+from uvit_dist import slurm, storage
 from uvit_dist.config import Config
-from uvit_dist.config_yaml import dump_config, load_config
-from uvit_dist.errors import INTERRUPTED_EXIT_CODE, ConfigError, OutputError, explained_exit
-from uvit_dist.worker import JOBS, LAUNCHER_VARIABLE, error_file
+from uvit_dist.config_cluster import read_profile
+from uvit_dist.config_yaml import load_config
+from uvit_dist.errors import ConfigError, OutputError, explained_exit
+from uvit_dist.local import run_local
+from uvit_dist.worker import JOBS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-GRACE_S = 10.0
-"""Seconds that the other ranks have to tell of their own error after one has ended with one."""
+ARRAYS = ("precompute", "evaluate")
+"""Jobs whose work is shared by leases, so that the tasks of an array can do it."""
 
 
 def main() -> None:
@@ -44,151 +40,80 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--job", default="train", choices=JOBS, help="what to do (default: train)")
     parser.add_argument("--local", type=int, metavar="N", help="run N processes on this machine, whatever launch says")
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the SLURM job, whatever launch says")
+    parser.add_argument("--array", type=int, metavar="N", help="N SLURM jobs of a node each that share the work")
+    parser.add_argument(
+        "--then", action="append", default=[], choices=["evaluate"],
+        help="start a job of its own for each committed checkpoint, which cannot stop training",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted and what it would take")
+    parser.add_argument("--follow", action="store_true", help="print the job's log, and end with its exit code")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
+    for wrong, why in (
+        (args.array is not None and args.job not in ARRAYS, f"--array is for --job {' or '.join(ARRAYS)}"),
+        (args.array is not None and args.nodes is not None, "--array jobs have a node each: leave out --nodes"),
+        (args.array is not None and args.array < 1, "--array must be positive"),
+        (args.then and args.job != "train", "--then is for --job train"),
+        (args.local is not None and args.nodes is not None, "--local and --nodes exclude each other"),
+    ):
+        if wrong:
+            parser.error(why)
     with explained_exit():
-        overrides = list(args.overrides)
-        if args.local is not None:
-            overrides += ["launch.target=local", "launch.nodes=1", f"launch.processes_per_node={args.local}"]
-        config = load_config(args.config, overrides)
-        if config.launch.target == "slurm":
-            raise ConfigError(
-                "launch.target slurm: submitting to SLURM is not built in this version; add --local N to run N "
-                "processes on this machine, or start python -m uvit_dist.worker on every node with torchrun"
-            )
-        try:
-            code = run_local(config, args.job)
-        except OSError as error:
-            raise OutputError(f"run_dir {config.run_dir}: {error}; mend its permissions or use another") from None
+        config = load_config(args.config, [*args.overrides, *_as_overrides(args)])
+        if args.dry_run:
+            from uvit_dist.dry_run import dry_run
+
+            print(dry_run(config, args.job, args.then, args.array))
+            code = 0
+        elif config.launch.target == "local":
+            if args.array is not None or args.then:
+                raise ConfigError("--array and --then submit SLURM jobs: they need launch.target slurm")
+            code = _run_here(config, args.job)
+        else:
+            code = _submit(config, args)
     sys.exit(code)
 
 
-def run_local(config: Config, job: str) -> int:
-    """Run every rank of a job on this machine and wait. Returns the job's exit code; prints why it failed."""
-    storage.make_directory(config.run_dir)
-    shared = job == "precompute"  # its workers share the work among themselves, on any number of machines
-    with contextlib.nullcontext() if shared else storage.locked(config.run_dir):
-        name = f".launch-{job}-{socket.gethostname()}-{os.getpid()}.yaml" if shared else f".launch-{job}.yaml"
-        path = storage.join(config.run_dir, name)
-        storage.write_bytes(path, dump_config(config).encode())
-        storage.make_directory(str(error_file(config.run_dir, 0).parent))
-        for rank in range(config.world_size):
-            error_file(config.run_dir, rank).unlink(missing_ok=True)
-        return Processes(config, job, path).wait()
+def _as_overrides(args: argparse.Namespace) -> list[str]:
+    if args.local is not None:
+        return ["launch.target=local", "launch.nodes=1", f"launch.processes_per_node={args.local}"]
+    nodes = 1 if args.array is not None else args.nodes
+    return [] if nodes is None else [f"launch.nodes={nodes}"]
 
 
-def first_failure(codes: list[int | None]) -> tuple[int, int] | None:
-    """(rank, exit code) of the rank that failed first, of those that had failed when the codes were read, or none.
-
-    codes: of every rank, in order; None: it runs. Between two looks several ranks may have failed. One that was killed
-    is then the cause, and one that gave up, by an exit code or an abort, lost its peer.
-    """
-    failed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code != 0]
-    failed = [(rank, code) for rank, code in failed if code != INTERRUPTED_EXIT_CODE]
-    return min(failed, key=lambda item: (item[1] >= 0 or item[1] == -signal.SIGABRT, item[0]), default=None)
+def _run_here(config: Config, job: str) -> int:
+    try:
+        return run_local(config, job)
+    except OSError as error:
+        raise OutputError(f"run_dir {config.run_dir}: {error}; mend its permissions or use another") from None
 
 
-class Processes:
-    """The ranks of a local job. Ctrl-C and SIGTERM reach them, so that they save and stop; a second one ends them."""
+def _submit(config: Config, args: argparse.Namespace) -> int:
+    """Check everything, submit, and say what was submitted. Returns the exit code."""
+    from uvit_dist import follow, order_checks, orders
 
-    def __init__(self, config: Config, job: str, config_path: str) -> None:
-        self.config, self.signals = config, 0
-        self.processes: list[subprocess.Popen[bytes]] = []
-        for number in SIGNALS:
-            signal.signal(number, self._forward)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "uvit_dist.worker", "--config", config_path, "--job", job]
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a signal now must reach all ranks or none
-        for rank in range(config.world_size):
-            self.processes.append(self._start(command, rank, port))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    def _start(self, command: list[str], rank: int, port: int) -> subprocess.Popen[bytes]:
-        world_size = self.config.world_size
-        environment = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world_size)),
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            LAUNCHER_VARIABLE: str(os.getpid()),
-        }
-        with open(Path(self.config.run_dir, "logs", f"rank-{rank:05d}.log"), "ab") as log:
-            # A session of their own: the terminal's Ctrl-C reaches them once, through us.
-            return subprocess.Popen(
-                command,
-                env=environment,
-                stdout=log,
-                stderr=None if rank == 0 else log,
-                start_new_session=True,
-                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
-            )
-
-    def _forward(self, number: int, frame: object) -> None:
-        self.signals += 1
-        if self.signals == 1:
-            print("stopping: the ranks save their state; once more to stop at once", file=sys.stderr)
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
-
-    def wait(self) -> int:
-        """Wait for all ranks; if one fails, end the others. Returns the exit code of the job."""
-        first: tuple[int, int] | None = None
-        deadline = float("inf")
-        while any(process.poll() is None for process in self.processes):
-            if first is None:
-                codes = [process.poll() for process in self.processes]
-                first = first_failure(codes)
-                if first is not None:
-                    deadline = time.monotonic() + GRACE_S
-            if time.monotonic() > deadline:
-                for process in self.processes:
-                    process.kill()
-            time.sleep(0.1)
-        final = [process.returncode for process in self.processes]
-        if all(code == 0 for code in final):
-            return 0
-        if all(code in (0, INTERRUPTED_EXIT_CODE) for code in final):
-            return INTERRUPTED_EXIT_CODE
-        first = first or first_failure(final)
-        assert first is not None
-        return self._explain(*first)
-
-    def _explain(self, first: int, code: int) -> int:
-        """Print why the job failed: users' mistakes first, each once. Returns the exit code to end with.
-
-        first: the rank that failed first; code: what it ended with.
-        """
-        paths = [error_file(self.config.run_dir, rank) for rank in range(self.config.world_size)]
-        records = [json.loads(path.read_text()) for path in paths if path.exists()]
-        mistakes = [record for record in records if record["mistake"]]
-        if mistakes:
-            for message in dict.fromkeys(record["message"] for record in mistakes):
-                print(f"error: {message}", file=sys.stderr)
-            return int(mistakes[0]["code"])
-        if self.signals > 1:
-            print("stopped at once; the last checkpoint is untouched", file=sys.stderr)
-            return 128 + signal.SIGINT
-        if self.signals:
-            print("stopped; start the same command again to go on", file=sys.stderr)
-            return INTERRUPTED_EXIT_CODE
-        if code < 0:
-            hint = "; out of memory?" if code == -signal.SIGKILL else ""
-            print(f"error: rank {first} ended first, by {signal.Signals(-code).name}{hint}", file=sys.stderr)
-        for record in sorted(records, key=lambda record: record["rank"] != first):
-            print(f"error: rank {record['rank']}: {record['message']}", file=sys.stderr)
-        print(
-            f"logs: {Path(self.config.run_dir, 'logs')}; start the same command again to go on from the last "
-            "whole checkpoint",
-            file=sys.stderr,
+    profile = read_profile(config.launch.cluster)
+    tasks = [None] if args.array is None else list(range(args.array))
+    wanted = [orders.make_order(config, args.job, profile, args.then, task) for task in tasks]
+    if not slurm.available():
+        raise ConfigError(
+            "launch.target slurm: sbatch is not on this machine. Start this on the cluster's login node; or add "
+            "--local N to run N processes here, --dry-run to see what would be submitted, or try it on the four-node "
+            "rehearsal cluster of slurm/rehearsal"
         )
-        return 1
+    for line in order_checks.check(config, args.job):
+        print(f"warning: {line}", file=sys.stderr)
+    if args.job == "train":
+        with storage.locked(config.run_dir):  # no local job is in it
+            pass
+    job_ids = orders.place(wanted, config)
+    shape = f"{wanted[0].nodes} node(s) of {wanted[0].processes_per_node} rank(s)"
+    print(f"submitted: job {' '.join(job_ids)}, {shape}, {wanted[0].run_dir}", flush=True)
+    if args.follow:
+        return follow.follow(wanted)
+    print(f"watch it: python -m uvit_dist.status {config.run_dir}; end it: scancel {' '.join(job_ids)}")
+    return 0
 
 
 if __name__ == "__main__":

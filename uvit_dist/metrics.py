@@ -9,12 +9,14 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from uvit_dist import storage
-from uvit_dist.dist import Ranks
+
+if TYPE_CHECKING:  # the worker asks for a log's path before torch is there
+    from uvit_dist.dist import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +29,14 @@ class AroundProgress(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def set_up_logging(run_dir: str, ranks: Ranks) -> Path:
-    """One log file for each rank; rank 0 also writes to stderr. Returns the file's path."""
-    path = Path(run_dir, "logs", f"rank-{ranks.rank:05d}.log")
+def log_file(run_dir: str, rank: int, name: str = "") -> Path:
+    """Where a rank logs. name: of the job, where it is not the run's training."""
+    return Path(run_dir, "logs", name, f"rank-{rank:05d}.log")
+
+
+def set_up_logging(run_dir: str, ranks: Ranks, name: str = "") -> Path:
+    """One log file for each rank; rank 0 also writes to stderr. Returns the file's path. name: as for ``log_file``."""
+    path = log_file(run_dir, ranks.rank, name)
     storage.make_directory(str(path.parent))
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(path)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit_dist import checkpoint, dist, faults, storage
+from uvit_dist import checkpoint, dist, faults, storage, watchdog
 from uvit_dist.checkpoint import FileRecord
 from uvit_dist.config import CheckpointConfig
 from uvit_dist.copier import Copier
@@ -48,7 +49,7 @@ class Saver:
         self._memory = torch.empty(0)
         self._manifest: dict[str, Any] | None = None
         self._work: Future[Any] | None = None
-        self._voted, self._told = False, ""
+        self._voted, self._told, self._began = False, "", 0.0
         self.failures, self.saved = 0, saved
 
     @property
@@ -72,6 +73,7 @@ class Saver:
                         manifest["step"], self._manifest["step"])  # fmt: skip
             self.finish()
         faults.point("save:begin")
+        self._began = time.monotonic()
         layout = [(key, value.numel()) for key, value in state.items()]
         flat = self._copied(state)
         faults.point("save:copied")
@@ -177,6 +179,7 @@ class Saver:
             self._failed(error)
         else:
             self._manifest, self.failures = None, 0
+            watchdog.saved_in(time.monotonic() - self._began)
 
     def _failed(self, why: str) -> None:
         assert self._manifest is not None

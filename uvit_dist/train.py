@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit_dist import checkpoint, dist, preflight, storage
+from uvit_dist import checkpoint, dist, preflight, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.copier import Copier
@@ -43,6 +43,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     Returns whether training is complete: False where the stop flag came first and the state was saved.
     Raises ``UserError`` of the right kind.
     """
+    watchdog.progress(watchdog.PREPARING)
     index, held_out = dist.on_main(ranks, lambda: preflight.check_training(config, ranks.world_size))
     plan = preflight.make_plan(config, index)
     engine = Engine(initial_network(config, ranks), config, ranks)
@@ -117,12 +118,15 @@ def end(saver: Saver, copier: Copier | None, loader: ShardLoader, report: Report
 
     Raises ``OutputError`` on every rank where it cannot be written.
     """
+    watchdog.progress("saving", saver.saved)
     saver.finish(must_succeed=True)
     saver.close()
     loader.close()
     report.close()
     if copier is not None:
+        watchdog.progress(watchdog.COPYING)
         copier.close(wait=complete)
+    watchdog.progress("exporting")
 
 
 def open_loader(
@@ -188,12 +192,13 @@ class Report:
         self._traces: JsonLines | None = None
         self._step, self._losses = first_step, list[float]()
         self._places: list[tuple[Tensor, Tensor]] = []
-        self._since, self._waited = time.monotonic(), 0.0
+        self._since, self._waited, self._begun = time.monotonic(), 0.0, False
         self._read = storage.COUNTS.snapshot()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Time spent inside is not counted as training."""
+        """Time spent inside, on a validation, is not counted as training."""
+        watchdog.progress("validating")
         start = time.monotonic()
         yield
         self._since += time.monotonic() - start
@@ -202,8 +207,10 @@ class Report:
     def waiting(self) -> Iterator[None]:
         """Time spent inside is time waited for data."""
         start = time.monotonic()
+        watchdog.progress("reading" if self._begun else watchdog.FIRST_STEP, self._step)
         yield
-        self._waited += time.monotonic() - start
+        watchdog.progress("training" if self._begun else watchdog.FIRST_STEP)
+        self._waited, self._begun = self._waited + time.monotonic() - start, True
 
     def after_forward(self, ids: Tensor, example: Example, losses: Tensor, objective: Objective) -> None:
         """Note a micro-batch: its ids (B,), what the network was asked, and the losses (B,)."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit_dist import dist
+from uvit_dist import dist, watchdog
 from uvit_dist.config import Config
 from uvit_dist.data.batch import Batch
 from uvit_dist.data.plan import held_out_ids
@@ -61,6 +61,7 @@ class Validation:
         by_time = LossByTime(self._bins, self._ranks.device)
         total = torch.zeros(2, dtype=torch.float64, device=self._ranks.device)
         for counts, batch in self._mine:
+            watchdog.progress("validating")
             losses, elapsed = engine.forward_only(partial(self._batch, batch))
             if counts:
                 by_time.add(losses, elapsed)

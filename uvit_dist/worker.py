@@ -1,4 +1,7 @@
-"""One rank's entry: ``python -m uvit_dist.worker --config RESOLVED.yaml --job train`` under a launcher or torchrun."""
+"""One rank's entry: ``python -m uvit_dist.worker --config RESOLVED.yaml --job train``.
+
+Under the local launcher, a supervisor's ``srun``, torchrun on any number of machines, or alone.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,24 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from uvit_dist import storage
+from uvit_dist import storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE, OutputError, UserError, explained_exit
+from uvit_dist.metrics import log_file
+from uvit_dist.preemption import StopFlag
 
-JOBS = ("train", "evaluate", "precompute")
+JOBS = ("train", "evaluate", "precompute", "reference")
+SLURM_VARIABLES = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "NODE_RANK": "SLURM_NODEID",
+}
+"""What torchrun's variables are called in a step of a supervisor's, which sets MASTER_ADDR and MASTER_PORT itself."""
 LAUNCHER_VARIABLE = "UVIT_DIST_LAUNCHER"
 """Set by the launcher to its process id; it then speaks for all ranks, and they die with it."""
 
@@ -29,9 +42,9 @@ FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errn
 log = logging.getLogger("uvit_dist.worker")
 
 
-def error_file(run_dir: str, rank: int) -> Path:
-    """Where a rank that fails leaves a record of why."""
-    return Path(run_dir, "logs", f"rank-{rank:05d}.error.json")
+def error_file(run_dir: str, rank: int, name: str = "") -> Path:
+    """Where a rank that fails leaves a record of why. name: of the job, where it is not the run's training."""
+    return Path(run_dir, "logs", name, f"rank-{rank:05d}.error.json")
 
 
 def die_with_parent() -> None:
@@ -41,36 +54,75 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _run(job: str, config: Config) -> int:
+def _be_supervised(config: Config, name: str, on_stop: Callable[[], None]) -> None:
+    """Take this rank's place in a step of the supervisor's: its variables, its log, its beats."""
+    for ours, slurms in SLURM_VARIABLES.items():
+        os.environ[ours] = os.environ[slurms]
+    rank = int(os.environ["RANK"])
+    path = log_file(config.run_dir, rank, name)
+    storage.make_directory(str(path.parent))
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    if rank != 0:  # rank 0 is heard in the batch job's log
+        os.dup2(descriptor, 2)
+    watchdog.register_stacks(descriptor)
+    watchdog.start(rank, descriptor, on_stop)
+
+
+def _stopping(job: str) -> tuple[StopFlag | None, Callable[[], None]]:
+    """The flag of a training, raised by signals; and what the supervisor's "stop" does. For the main thread."""
+    if job == "train":
+        flag = StopFlag()
+        return flag, flag.raise_now
+    # The other jobs stop at SIGTERM, each in its way.
+    signal.signal(signal.SIGUSR2, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    return None, lambda: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from uvit_dist import dist, metrics
 
     ranks = dist.ranks_from_environment()
-    metrics.set_up_logging(config.run_dir, ranks)
+    metrics.set_up_logging(config.run_dir, ranks, name)
     storage.configure(config.storage)
     if job == "precompute":  # its workers share the work by leases: no process group
         from data_tools import shard_job
 
+        watchdog.progress("working")
         try:
             shard_job.run(config)
         except KeyboardInterrupt:
             return INTERRUPTED_EXIT_CODE
         return 0
+    if job == "reference":
+        from data_tools.fid_reference import write_reference
+
+        watchdog.progress("working")
+        log.info("%s", write_reference(config))
+        return 0
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    watchdog.progress(watchdog.JOINING)
+    if job == "preflight":
+        from uvit_dist.rank_check import check_ranks
+
+        dist.start(ranks, config.launch.timeout_s)
+        check_ranks(config, ranks)
+        return 0
     if job == "evaluate":
         from uvit_dist.evaluate import evaluate
 
         dist.start(ranks, EVALUATION_TIMEOUT_S)
+        watchdog.progress("working")
         log.info("scores: %s", json.dumps(evaluate(config, ranks)))
         return 0
-    from uvit_dist.preemption import StopFlag
     from uvit_dist.train import train
 
-    stop = StopFlag()
+    assert stop is not None
     dist.start(ranks, config.launch.timeout_s)
     return 0 if train(config, ranks, stop) else INTERRUPTED_EXIT_CODE
 
@@ -84,18 +136,20 @@ def _explain(error: Exception) -> tuple[int, str, bool]:
     return 1, f"{type(error).__name__}: {error}", False
 
 
-def _tell(run_dir: str, rank: int, code: int, message: str, mistake: bool) -> None:
-    """Leave a failure in the rank's log file and, for the launcher, in a record; on stderr if there is no launcher."""
+def _tell(path: Path, rank: int, code: int, message: str, mistake: bool) -> None:
+    """Leave a failure in the rank's log file and in a record; on stderr if nobody else speaks for the ranks.
+
+    path: of the record.
+    """
     files = [h for h in logging.getLogger("uvit_dist").handlers if isinstance(h, logging.FileHandler)]
     traceback = None if mistake else sys.exc_info()
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (message,), traceback)
     for handler in files:
         handler.handle(record)
-    path = error_file(run_dir, rank)
     if path.parent.is_dir():
         with contextlib.suppress(OSError):
             path.write_text(json.dumps({"rank": rank, "code": code, "message": message, "mistake": mistake}))
-    if LAUNCHER_VARIABLE not in os.environ:
+    if LAUNCHER_VARIABLE not in os.environ and watchdog.VARIABLE not in os.environ:
         print(f"error: {message}", file=sys.stderr)
 
 
@@ -103,8 +157,11 @@ def main() -> None:
     """Run one rank of a job. A failure is told in the log file, on stderr and, for the launcher, in a record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="the resolved configuration")
-    parser.add_argument("--job", required=True, choices=JOBS)
+    parser.add_argument("--job", required=True, choices=(*JOBS, "preflight"))
+    parser.add_argument("--name", default="", help="name of the job in its run, for its logs (default: the run's own)")
     args = parser.parse_args()
+    stop, on_stop = _stopping(args.job)
+    supervised = watchdog.VARIABLE in os.environ
     launcher = os.environ.get(LAUNCHER_VARIABLE)
     if launcher is not None:
         die_with_parent()
@@ -112,14 +169,19 @@ def main() -> None:
             sys.exit(1)
     with explained_exit():
         config = load_config(args.config)
+        if supervised:
+            _be_supervised(config, args.name, on_stop)
     rank = os.environ.get("RANK", "0")
-    alone = launcher is None and rank == "0" and args.job != "precompute"
+    number = int(rank) if rank.isdigit() else 0
+    alone = launcher is None and not supervised and rank == "0" and args.job != "precompute"
+    message, mistake = "", False
     try:
         with storage.locked(_made(config.run_dir)) if alone else contextlib.nullcontext():
-            code = _run(args.job, config)
+            code = _run(args.job, config, args.name, stop)
     except Exception as error:  # noqa: BLE001 - told in full in the log; the terminal gets the message alone
         code, message, mistake = _explain(error)
-        _tell(config.run_dir, int(rank) if rank.isdigit() else 0, code, message, mistake)
+        _tell(error_file(config.run_dir, number, args.name), number, code, message, mistake)
+    watchdog.end(code, message, mistake)
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

@@ -5,7 +5,7 @@ from signal import SIGABRT, SIGKILL, SIGSEGV
 import pytest
 
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE
-from uvit_dist.launch import first_failure
+from uvit_dist.local import first_failure
 
 
 @pytest.mark.parametrize(

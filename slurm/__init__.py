@@ -1,0 +1,1 @@
+"""Profiles of clusters (YAML), and the rehearsal cluster."""

@@ -1,0 +1,189 @@
+"""Every fault that a SLURM job meets, on a real cluster of four nodes: the run is finished as if nothing had been."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from slurm.rehearsal.cluster import Cluster
+from tests.slurm_jobs import EVERY, SLOW, STEPS, SlurmJob, assert_as_if_undisturbed
+
+pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("cluster")) as running:
+        running.lift_holds()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, data_dir, tmp_path_factory):
+    """The undisturbed run."""
+    job = SlurmJob(cluster, data_dir, tmp_path_factory.mktemp("whole") / "run", fault="").launch()
+    assert job.wait_for_end()["cause"] == "done", job.told()
+    assert job.causes == ["done"]
+    return job
+
+
+@pytest.fixture
+def start(cluster, data_dir, tmp_path, whole):
+    """Launches a run; what it leaves on the cluster is ended with the test."""
+
+    def launched(*changes, **options):
+        return SlurmJob(cluster, data_dir, tmp_path / "run", *changes, **options).launch()
+
+    yield launched
+    for job in cluster.jobs():
+        cluster.command("scancel", job, check=False)
+    deadline = time.monotonic() + 60
+    while cluster.jobs() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def assert_same_job(job, restarts):
+    """It ran under the id that it was submitted with, and SLURM started it again so many times."""
+    begun = job.of("attempt")
+    assert {event["job_id"] for event in begun} == {job.job_id}
+    assert begun[-1]["restart"] == restarts
+
+
+def test_1_preempted_by_a_job_of_a_higher_partition(start, whole, cluster):
+    job = start()
+    job.wait_for_step(8)
+    cluster.preempt(seconds=2)
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["stopped", "done"]
+    assert job.of("ended")[0]["reason"] == "stopped, and saved"
+    assert job.of("ended")[0]["checkpoint"] == job.of("attempt")[1]["from_step"] == job.of("ended")[0]["last_step"]
+    assert [event["how"] for event in job.of("requeued")] == ["scontrol"]
+    assert_same_job(job, 1)
+
+
+def test_2_the_time_limit(start, whole):
+    limit = {"time_limit_min": 1, "signal_lead_s": 38}  # 22 s to start and to train
+    job = start(fault="sleep0.6@all,progress:training#*", profile=limit)
+    assert_as_if_undisturbed(job, whole)
+    assert set(job.causes[:-1]) == {"stopped"}
+    assert job.causes[-1] == "done"
+    saved = [event["checkpoint"] for event in job.of("ended")]
+    assert saved == sorted(saved)
+    assert_same_job(job, len(job.causes) - 1)
+
+
+@pytest.mark.parametrize("whom", ["steps", "batch"])
+def test_3_a_signal_by_scancel(start, whole, cluster, whom):
+    """And what a kill in the middle of submitit's pickling leaves behind does not matter."""
+    job = start()
+    job.wait_for_step(8)
+    for name in ("submitted.pkl", "0_result.pkl"):
+        (job.run_dir / f"launch/train/submitit/{job.job_id}_{name}.save_tmp").write_bytes(b"half a pick")
+    cluster.command("scancel", "--signal=USR2", *(["--batch"] if whom == "batch" else []), job.job_id)
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["stopped", "done"]
+    assert job.of("ended")[0]["reason"] == "stopped, and saved"
+    assert_same_job(job, 1)
+
+
+def test_4_kill_9_of_one_rank(start, whole, cluster):
+    job = start()
+    job.wait_for_step(8)
+    victim = cluster.rank_process(1)
+    host = cluster.node_of(victim)
+    job.kill(victim)
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["rank_died", "done"]
+    assert job.of("ended")[0]["hosts"] == [host]
+    assert "rank 1" in job.of("ended")[0]["reason"]
+    assert job.of("attempt")[1]["from_step"] == EVERY
+    assert job.of("requeued") == []
+    assert_same_job(job, 0)
+
+
+@pytest.mark.parametrize("which", ["other", "batch"])
+def test_5_a_node_dies(start, whole, cluster, which):
+    """With the batch process on another node, and on that very one."""
+    job = start()
+    job.wait_for_step(8)
+    hosts = job.of("attempt")[0]["hosts"]
+    node = hosts[0 if which == "batch" else 1]
+    cluster.kill_node(node)
+    try:
+        assert_as_if_undisturbed(job, whole)
+    finally:
+        cluster.revive_node(node)
+    assert job.causes == ["node_lost", "done"]
+    if which == "other":
+        assert job.of("ended")[0]["hosts"] == [node]
+        assert [event["how"] for event in job.of("requeued")] == ["scontrol"]
+    assert node not in job.of("attempt")[1]["hosts"]
+    assert_same_job(job, 1)
+
+
+def test_6_sigstop_of_one_rank(start, whole, cluster):
+    job = start()
+    job.wait_for_step(8)
+    victim = cluster.rank_process(1)
+    host = cluster.node_of(victim)
+    job.kill(victim, number=signal.SIGSTOP)
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["silent", "done"]
+    assert job.of("ended")[0]["exit_code"] == 74
+    assert job.of("ended")[0]["hosts"] == [host]
+    assert "rank 1" in job.of("ended")[0]["reason"]
+    for rank in (0, 1):
+        assert "in train_step" in job.log(rank) or "in waiting" in job.log(rank), "its stacks"
+    assert_same_job(job, 0)
+
+
+def test_6_a_rank_that_hangs_while_its_heart_beats(start, whole):
+    """A stuck read, as a file system or server that never answers: the other rank waits in its collective."""
+    job = start("launch.hang_s=31", fault=f"{SLOW};hang@rank1,progress:reading#8/1")
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["hang", "done"]
+    ended = job.of("ended")[0]
+    assert ended["exit_code"] == 74
+    assert "rank 1" in ended["reason"]
+    assert "rank 0" not in ended["reason"], "it only waits"
+    assert "while reading" in ended["reason"]
+    assert "in waiting" in job.log(1)
+    assert "in train_step" in job.log(0)
+    assert_same_job(job, 0)
+
+
+def test_7_an_exception_on_one_rank(start, whole):
+    job = start(fault=f"{SLOW};raise@rank1,progress:training#8/1")
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["error", "done"]
+    ended = job.of("ended")[0]
+    assert "rank 1" in ended["reason"]
+    assert "RuntimeError: UVIT_FAULT: asked for at progress:training" in ended["reason"]
+    assert "Traceback" in job.log(1)
+    assert_same_job(job, 0)
+
+
+def test_8_kill_9_of_everything_during_a_save(start, whole, cluster):
+    """Ranks, srun and supervisor, between the manifest and the commit: the guard goes on."""
+    job = start(fault=f"{SLOW};sleep600@rank0,save:after_manifest#2/1")
+    half = job.run_dir / f"checkpoints/.tmp-step-{2 * EVERY:08d}/manifest.json"
+    job.wait_for(half.exists, "the second save has begun")
+    job.kill(job.supervisor(), *cluster.processes(containing="uvit_dist.worker"))
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["supervisor_died", "done"]
+    assert job.of("attempt")[1]["from_step"] == EVERY
+    assert job.of("attempt")[1]["job_id"] != job.job_id
+
+
+def test_10_the_supervisor_is_killed(start, whole):
+    job = start()
+    job.wait_for_step(8)
+    (guard,) = [event for event in job.of("submitted") if event.get("guard_of")]
+    assert guard["guard_of"] == job.job_id
+    os.kill(job.supervisor(), signal.SIGKILL)
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["supervisor_died", "done"]
+    assert job.of("attempt")[1]["job_id"] == guard["job_id"]
+    assert max(event["step"] for event in job.of("running")) >= EVERY
+    assert job.of("ended")[1]["last_step"] == STEPS

@@ -1,0 +1,180 @@
+"""What a run will take, by arithmetic alone: parameters, FLOP, memory, bytes, hours, and what failures cost of them.
+
+Everything follows from the configuration's sections and a few rates; nothing is read or built.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from uvit_dist.config import Config, ModelConfig, TrainConfig, ZeroConfig
+from uvit_dist.config_rules import micro_batch_size
+
+RESIDUAL_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
+"""Of an element of the residual stream before the first skip connection: pos_embed makes it fp32 under autocast."""
+COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 2, "bf16": 2}
+"""Of an element of what the linear layers take and give."""
+WEIGHT_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
+"""Of a weight that the network computes with, and of its gradient."""
+STATE_BYTES = 16
+"""Of a parameter in a checkpoint: fp32 master weight, Adam's two moments, EMA."""
+ALLOWANCE_BYTES = 2.5e9
+"""Assumed for the CUDA context, NCCL's buffers, workspaces and what the allocator cannot use."""
+STALL_SHARE = 0.12
+"""Share of a save for which training waits, where it is written beside the steps: the bound of benchmark C9."""
+KNOWN_SAMPLES = {
+    ("cifar10", "train"): 50_000,
+    ("celeba", "train"): 162_770,
+    ("imagenet_tars", "train"): 1_281_167,
+    ("digits", "train"): 1_797,
+}
+"""Images of published data sets, by data.format and data.split."""
+
+
+def tokens(model: ModelConfig) -> int:
+    """Length of the sequence: time, label or text, patches."""
+    extra = 1 + (model.num_classes > 0) + (model.num_clip_token if model.clip_dim is not None else 0)
+    return extra + (model.img_size // model.patch_size) ** 2
+
+
+def parameters(model: ModelConfig) -> int:
+    """Number of weights of the network, those that ``UViT`` would have."""
+    d, hidden, patch = model.embed_dim, int(model.embed_dim * model.mlp_ratio), model.patch_size**2 * model.in_chans
+    qkv = 3 * d * d + 3 * d * model.qkv_bias
+    block = 2 * 2 * d + qkv + (d * d + d) + (d * hidden + hidden) + (hidden * d + d)
+    skips = (model.depth // 2) * (2 * d * d + d) * model.skip
+    ends = (patch * d + d) + tokens(model) * d + 2 * d + (d * patch + patch)
+    ends += model.conv * (9 * model.in_chans**2 + model.in_chans)
+    ends += max(0, model.num_classes) * d
+    ends += (model.clip_dim * d + d) if model.clip_dim is not None else 0
+    ends += ((d * 4 * d + 4 * d) + (4 * d * d + d)) * model.mlp_time_embed
+    return (model.depth + 1) * block + skips + ends
+
+
+def forward_flop(model: ModelConfig) -> int:
+    """FLOP of the network for one image, two for a multiplication with its addition: products and convolutions."""
+    d, length, hidden = model.embed_dim, tokens(model), int(model.embed_dim * model.mlp_ratio)
+    pixels, patch = model.img_size**2, model.patch_size**2 * model.in_chans
+    block = length * (4 * d * d + 2 * d * hidden) + 2 * length * length * d
+    skips = (model.depth // 2) * length * 2 * d * d * model.skip
+    ends = (model.img_size // model.patch_size) ** 2 * patch * d + length * d * patch
+    ends += model.conv * 9 * model.in_chans**2 * pixels
+    ends += model.num_clip_token * model.clip_dim * d if model.clip_dim is not None else 0
+    ends += 8 * d * d * model.mlp_time_embed
+    return 2 * ((model.depth + 1) * block + skips + ends)
+
+
+def training_flop(model: ModelConfig) -> int:
+    """Of a forward and a backward pass for one image; recomputed activations cost one more forward pass."""
+    return (4 if model.use_checkpoint else 3) * forward_flop(model)
+
+
+def activation_bytes(model: ModelConfig, precision: str) -> int:
+    """What is kept of one image's forward pass until the backward pass, at its most.
+
+    A block keeps the inputs of its two norms, four linear layers and GELU, and q, k, v and their result; behind a skip
+    connection, the joined input as well. Recomputed, the blocks keep their inputs, and one of them all else.
+    """
+    residual, compute = RESIDUAL_BYTES[precision], COMPUTE_BYTES[precision]
+    half, inner = model.depth // 2, compute * (6 + 2 * model.mlp_ratio)
+    plain, ends = 2 * residual + inner, 2 * compute
+    joined = 4 * compute + inner if model.skip else plain
+    behind = compute if model.skip else residual  # the residual stream after the first skip connection
+    if model.use_checkpoint:
+        units = residual * (half + 2) + behind * (half - 1) + ends + max(plain, joined)
+    else:
+        units = (half + 1) * plain + half * joined + ends
+    return round(units * tokens(model) * model.embed_dim)
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on one GPU at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    buckets: float
+    activations: float
+    allowance: float = ALLOWANCE_BYTES
+
+    @property
+    def state(self) -> float:
+        """Without what depends on the batch, and without the allowance."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state + self.copies + self.buckets + self.activations + self.allowance
+
+
+def gpu_memory(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, micro: int) -> GpuMemory:
+    """Memory of a rank. micro: its images in one forward pass.
+
+    Sharded over the ranks from stage 1: fp32 masters, Adam's moments and the EMA; from 2: gradients; at 3: weights.
+    At stage 0 fp32 weights are their own masters.
+    """
+    count, each = parameters(model), WEIGHT_BYTES[train.precision]
+    masters = 0 if zero.stage == 0 and each == 4 else 4
+    casts = 2.0 * count if train.precision == "bf16_autocast" else 0.0  # bf16 weights that the backward pass needs
+    if model.use_checkpoint:  # those of one block at a time
+        casts /= model.depth + 1
+    buckets = (2 if zero.overlap_comm else 1) * min(zero.bucket_size, count) * each if world_size > 1 else 0
+    return GpuMemory(
+        weights=count * each / (world_size if zero.stage == 3 else 1),
+        gradients=count * each / (world_size if zero.stage >= 2 else 1),
+        optimizer=count * (masters + 12) / (world_size if zero.stage >= 1 else 1),
+        copies=casts,
+        buckets=buckets,
+        activations=micro * activation_bytes(model, train.precision),
+    )
+
+
+def sample_bytes(config: Config) -> int:
+    """Of one sample as it is read: moments or pixels, and one context where there are captions; without tar headers."""
+    model, data = config.model, config.data
+    pixels = data.space == "pixels"
+    each = 1 if pixels else {"float16": 2, "float32": 4}[data.moments_dtype]
+    channels = model.in_chans if pixels else 2 * model.in_chans
+    context = {"float16": 2, "float32": 4}[data.contexts_dtype] * model.num_clip_token * (model.clip_dim or 0)
+    return channels * model.img_size**2 * each + context
+
+
+@dataclass(frozen=True)
+class Batch:
+    """global_batch_size = micro × accumulation × world_size."""
+
+    micro: int
+    accumulation: int
+    world_size: int
+
+
+def batch(config: Config, world_size: int) -> Batch:
+    """How the global batch is cut over the ranks."""
+    micro = micro_batch_size(config.train, world_size)
+    return Batch(micro, config.train.global_batch_size // world_size // micro, world_size)
+
+
+def sampling_flop(config: Config) -> int:
+    """FLOP of the network for the images of an evaluation; guidance takes each call twice. Decoding is not counted."""
+    calls = config.sample.steps * (2 if config.sample.cfg_scale else 1)
+    return config.evaluate.samples * calls * forward_flop(config.model)
+
+
+def young_daly_s(stall_s: float, mtbf_s: float) -> float:
+    """The interval of saves that loses least, √(2·cost·MTBF) (Young 1974, Daly 2006, first order), seconds."""
+    return math.sqrt(2 * stall_s * mtbf_s)
+
+
+def goodput(interval_s: float, stall_s: float, restart_s: float, mtbf_s: float) -> float:
+    """Expected share of time that makes steps which last: Daly 2006, eq. 20, for failures without memory.
+
+    interval_s: training between two saves; stall_s: of a save; restart_s: from a failure to the first step.
+    """
+    spent = (interval_s + stall_s) / mtbf_s
+    if spent > 700 or restart_s / mtbf_s > 700:  # beyond floating point: such a run never gets anywhere
+        return 0.0
+    return interval_s / (mtbf_s * math.exp(restart_s / mtbf_s) * math.expm1(spent))

@@ -1,0 +1,221 @@
+"""One step of ranks under ``srun``: started, watched through their heartbeats, ended. What follows is the supervisor's.
+
+Whatever happens, when ``run`` returns no rank of the step lives, or the host that may hold one is named as lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from uvit_dist import faults, slurm, watchdog
+from uvit_dist.beats import BeatServer, RankView, alive
+from uvit_dist.config_cluster import Order
+from uvit_dist.errors import HANG_EXIT_CODE, UnavailableError
+from uvit_dist.verdicts import STARTING, Limits, Verdict, judge, verdict_of_end
+
+LOOK_S = 0.2
+STACKS_S = 2.0
+"""Seconds that ranks have to show their stacks before they are sent a signal, and again before they are ended."""
+END_S = 60.0
+"""Seconds that an ended step may stay listed before its hosts are taken for lost."""
+DIE_S = 3.0
+FIRST_PORT, PORTS = 20_000, 12_000
+"""Ports of the ranks' rendezvous: below those that systems give away by themselves."""
+log = logging.getLogger("uvit_dist.supervisor")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended. hosts: those blamed; last_step: updates made, by the last beats."""
+
+    verdict: Verdict
+    hosts: list[str]
+    last_step: int | None
+    save_s: float | None
+
+
+@dataclass
+class Round:
+    """One attempt. stopping: asked again and again whether the ranks are to save and stop, and whether to end now;
+    on_running: called with the step when the first progress is made."""
+
+    order: Order
+    job: str
+    hosts: Sequence[str]
+    attempt: int
+    server: BeatServer
+    address: str
+    limits: Limits
+    stopping: Callable[[], tuple[bool, bool]]
+    on_running: Callable[[int | None], None]
+    independent: bool = False
+    _told: bool = field(default=False, init=False)
+    _was_told_to_end: bool = field(default=False, init=False)
+    _ran: bool = field(default=False, init=False)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the step."""
+        return len(self.hosts) * self.order.processes_per_node
+
+    def run(self) -> Outcome:
+        """Start the step and see it to its end."""
+        job_id, name = os.environ["SLURM_JOB_ID"], f"ranks-{self.attempt}"
+        token = secrets.token_hex(16)
+        self.server.expect(token, self.world_size)
+        began = time.monotonic()
+        srun = subprocess.Popen(
+            self.command(name), env=self._environment(token), stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        verdict = self._watch(srun, began)
+        if verdict is not None and verdict.exit_code == HANG_EXIT_CODE:
+            log.error("%s", verdict.reason)
+            self._show_stacks(job_id, name)
+        views = self.server.views()  # before the end of the step makes dead ranks of live ones
+        code = srun.poll()
+        safe, lost = self._end(srun, job_id, name)
+        if code is not None and not all(view.end or view.gone_at for view in views):
+            views = self.server.views()
+        stopping = self._told or self._was_told_to_end
+        verdict = verdict_of_end(views, srun.returncode or 0, verdict, stopping, self.independent)
+        if not safe:
+            where = f"no process starts on {', '.join(lost)}" if lost else "SLURM cannot end the step"
+            verdict = Verdict("node_lost", f"{verdict.reason}; {where}", 1)
+        blamed = lost or list(dict.fromkeys(views[rank].host for rank in verdict.ranks if views[rank].host))
+        steps = [view.step for view in views if view.step is not None]
+        saves = [view.save_s for view in views if view.save_s is not None]
+        return Outcome(verdict, blamed, max(steps, default=None), max(saves, default=None))
+
+    def command(self, name: str) -> list[str]:
+        """``srun`` and its options for this round, and what each task runs. name: of the step."""
+        per_node = self.order.processes_per_node
+        options = [
+            "--overlap",  # after a node's loss its step stays listed, and holds what it had
+            f"--job-name={name}",
+            f"--nodelist={','.join(self.hosts)}",
+            f"--nodes={len(self.hosts)}",
+            f"--ntasks={self.world_size}",
+            f"--ntasks-per-node={per_node}",
+            "--distribution=block",
+            f"--kill-on-bad-exit={0 if self.independent else 1}",
+            "--wait=0",
+            "--mem=0",
+            "--input=none",
+        ]
+        worker = ["-m", "uvit_dist.worker", "--config", self.order.config, "--job", self.job]
+        named = [] if self.order.name == "train" else ["--name", self.order.name]
+        return ["srun", *options, *self.order.srun_options(), *self.order.rank_command(), *worker, *named]
+
+    def _environment(self, token: str) -> dict[str, str]:
+        return {
+            "OMP_NUM_THREADS": str(self.order.profile.cpus_per_task),
+            **os.environ,
+            # rank 0 is where this process is, as SLURM starts batch processes, and its name is known to be good
+            "MASTER_ADDR": self.address if self.hosts[0] == watchdog.host_name() else self.hosts[0],
+            "MASTER_PORT": str(self._free_port()),
+            watchdog.VARIABLE: f"{self.address}:{self.server.port}:{token}",
+            faults.ATTEMPT_VARIABLE: str(self.attempt),
+        }
+
+    def _free_port(self) -> int:
+        """A port that differs from round to round: what is left of an older one must not be met."""
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        number = int(os.environ["SLURM_JOB_ID"]) * 101 + restart * 11 + self.attempt
+        for offset in range(PORTS):
+            port = FIRST_PORT + (number + offset) % PORTS
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("", port))
+                except OSError:
+                    continue
+                return port
+        raise UnavailableError(f"no port is free between {FIRST_PORT} and {FIRST_PORT + PORTS}; free some")
+
+    def _watch(self, srun: subprocess.Popen[bytes], began: float) -> Verdict | None:
+        """Wait for srun to end, or for a reason to end it, which is returned."""
+        while srun.poll() is None:
+            time.sleep(LOOK_S)
+            views = self.server.views()
+            self._note_running(views)
+            stop, end = self.stopping()
+            if stop and not self._told:
+                self._told = True
+                self.server.ask_to_stop()
+            if end:
+                self._was_told_to_end = True
+                return None
+            verdict = judge(views, time.monotonic(), began, self.limits, self.independent)
+            if verdict is not None:
+                return verdict
+        # its output may be ahead of the ranks' last words
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline and any(view.heard_at for view in alive(self.server.views())):
+            time.sleep(0.05)
+        self._note_running(self.server.views())
+        return None
+
+    def _note_running(self, views: Sequence[RankView]) -> None:
+        if not self._ran and (running := [view for view in views if view.phase not in STARTING]):
+            self._ran = True
+            self.on_running(running[0].step)
+
+    def _show_stacks(self, job_id: str, name: str) -> None:
+        """Have every rank write the stacks of its threads to its log: by its watchdog, or by a signal where that is
+        stuck as well, or stopped."""
+        self.server.tell_all(stacks=True)
+        if self._wait_for_stacks():
+            return
+        try:
+            steps = slurm.steps(job_id, name)
+        except UnavailableError:
+            return
+        for step in steps:
+            slurm.signal_step(step, "USR1")
+            slurm.signal_step(step, "CONT")
+        self._wait_for_stacks()
+
+    def _wait_for_stacks(self) -> bool:
+        deadline = time.monotonic() + STACKS_S
+        while time.monotonic() < deadline:
+            if all(view.dumped for view in alive(self.server.views())):
+                return True
+            time.sleep(LOOK_S)
+        return False
+
+    def _end(self, srun: subprocess.Popen[bytes], job_id: str, name: str) -> tuple[bool, list[str]]:
+        """End what is left of the step. Returns whether no rank lives, and the hosts that are lost, where they may."""
+        self.server.tell_all(die=True)
+        began, probed = time.monotonic(), False
+        while True:
+            passed, listed = time.monotonic() - began, self._kill(job_id, name)
+            if srun.poll() is None and passed > DIE_S:
+                srun.kill()
+            left = [view for view in self.server.views() if view.connected]
+            if srun.poll() is not None and (listed is False or (listed is None and not left)):
+                return True, []
+            if passed > 2 * DIE_S and srun.poll() is not None and not probed:
+                probed = True
+                if lost := slurm.silent_hosts(list(self.hosts)):
+                    return False, lost
+            if passed > END_S:
+                srun.kill()
+                srun.wait()
+                return False, sorted({view.host for view in left})
+            time.sleep(LOOK_S)
+
+    def _kill(self, job_id: str, name: str) -> bool | None:
+        """Kill all processes of the step. Returns whether SLURM still lists it; none where it does not answer."""
+        try:
+            listed = slurm.steps(job_id, name)
+        except UnavailableError:
+            return None
+        for step in listed:
+            slurm.signal_step(step, "KILL")
+        return bool(listed)
