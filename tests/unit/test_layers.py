@@ -12,8 +12,10 @@ LAYERS = {
     0: [
         "errors",
         "faults",
+        "stopping",
         "config",
         "config_data",
+        "config_evaluate",
         "config_rules",
         "config_yaml",
         "ema",
@@ -31,6 +33,8 @@ LAYERS = {
         "data.batch",
         "data.shards",
         "work",
+        "spool",
+        "score_log",
         "dist",
         "storage",
         "safetensors_stream",
@@ -54,7 +58,7 @@ LAYERS = {
         "sampler",
         "pretrained",
     ],
-    4: ["train", "evaluate"],
+    4: ["train", "evaluate", "evaluation"],
     5: ["launch", "supervisor", "worker", "sample", "convert", "export", "status", "tune", "doctor", "demo"],
 }
 PURE = {"numpy", "torch", "scipy", "pydantic", "ruamel"}
