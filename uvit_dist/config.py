@@ -202,7 +202,9 @@ class SampleConfig(Section):
     steps: int = Field(50, gt=1, description="calls of the network for each image")
     cfg_scale: float = Field(0.0, ge=0, description="s in cond + s * (cond - uncond); 0: no guidance")
     precision: Literal["fp32", "bf16_autocast"] = Field(
-        "fp32", description="of the network and the decoder: fp32 without TF32, or bf16 autocast; the solver's is fp32"
+        "fp32",
+        description="fp32 without TF32; or bf16 autocast of the network and, as the official code does it, fp16 "
+        "autocast of the decoder; the solver's arithmetic is fp32 always",
     )
 
 

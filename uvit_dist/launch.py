@@ -3,6 +3,7 @@
     python -m uvit_dist.launch --config configs/digits_demo.yaml
     python -m uvit_dist.launch --config configs/digits_demo.yaml --job precompute
     python -m uvit_dist.launch --config configs/digits_demo.yaml --job evaluate sample.cfg_scale=0.5
+    python -m uvit_dist.launch --config configs/digits_demo.yaml --job evaluate --sweep cfg_scale=0,1,2 steps=10,20
     python -m uvit_dist.launch --config configs/digits_demo.yaml --local 1
 
 Exit codes: 0 done; 75 stopped by a signal, start again to go on; 130 stopped at once by a second one; 78 the
@@ -27,7 +28,8 @@ from uvit_dist import storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import dump_config, load_config
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE, ConfigError, OutputError, explained_exit
-from uvit_dist.worker import JOBS, LAUNCHER_VARIABLE, error_file
+from uvit_dist.evaluation import sweep
+from uvit_dist.worker import JOBS, LAUNCHER_VARIABLE, SHARED_JOBS, error_file
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 GRACE_S = 10.0
@@ -43,11 +45,12 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--job", default="train", choices=JOBS, help="what to do (default: train)")
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=VALUES", help=sweep.HELP)
     parser.add_argument("--local", type=int, metavar="N", help="run N processes on this machine, whatever launch says")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
     with explained_exit():
-        overrides = list(args.overrides)
+        overrides = [*args.overrides, *sweep.overrides_of(args.sweep)]
         if args.local is not None:
             overrides += ["launch.target=local", "launch.nodes=1", f"launch.processes_per_node={args.local}"]
         config = load_config(args.config, overrides)
@@ -66,7 +69,7 @@ def main() -> None:
 def run_local(config: Config, job: str) -> int:
     """Run every rank of a job on this machine and wait. Returns the job's exit code; prints why it failed."""
     storage.make_directory(config.run_dir)
-    shared = job == "precompute"  # its workers share the work among themselves, on any number of machines
+    shared = job in SHARED_JOBS
     with contextlib.nullcontext() if shared else storage.locked(config.run_dir):
         name = f".launch-{job}-{socket.gethostname()}-{os.getpid()}.yaml" if shared else f".launch-{job}.yaml"
         path = storage.join(config.run_dir, name)

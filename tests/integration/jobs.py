@@ -96,17 +96,21 @@ def train_job(
     return "complete" if complete else "stopped"
 
 
-def evaluate_job(config: Config, last_unit: int | None = None) -> Any:
-    """Evaluate as a worker does; killed before it stores a unit after ``last_unit``."""
+def evaluate_job(config: Config, done: int | None = None) -> Any:
+    """Evaluate as a worker does, on a node of its own; killed before it stores a chunk after ``done`` of them."""
+    from uvit_dist import work
     from uvit_dist.evaluate import evaluate
-    from uvit_dist.work import WorkDirectory
 
     ranks = dist.ranks_from_environment()
-    if last_unit is not None:
+    ours = work._this_process
+    work._this_process = lambda: {**ours(), "machine": f"node {ranks.rank}"}
+    if done is not None:
+        stored: list[str] = []
         _before(
-            WorkDirectory, "put", lambda _, unit, __: unit > last_unit, lambda: os.kill(os.getpid(), signal.SIGKILL)
-        )
-    dist.start(ranks, 60)
+            work.SharedWork, "put", lambda _, unit, __: stored.append(unit) or len(stored) > done,
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+        )  # fmt: skip
+    storage.configure(config.storage)
     try:
         return evaluate(config, ranks)
     except UserError as error:

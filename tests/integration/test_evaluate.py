@@ -1,104 +1,110 @@
 """Evaluation: the same bits however the work is cut, and after a kill only what is missing."""
 
+import dataclasses
+import io
 import json
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.integration.jobs import evaluate_job, train_job
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config
+from tests.tiny import DEMO, ROOT, overrides, records, tiny_config
+from uvit_dist import checkpoint, score_log
+from uvit_dist.spool import spooled
 from uvit_dist.work import WorkDirectory
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-TIMES = {"seconds", "grid"}
+OF_THIS_RUN = {"seconds"}
+"""What is told of the run and not of the images."""
+LEASE_S = 2.0
 
 
 @pytest.fixture(scope="module")
 def run_dir(data_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    config = tiny_config(data_dir, directory, "launch.processes_per_node=1", "train.steps=5")
+    config = tiny_config(data_dir, directory, "launch.processes_per_node=1", "train.steps=10", "checkpoint.keep=2")
     assert run_ranks(train_job, 1, config) == ["complete"]
     return directory
 
 
+def config_of(data_dir, run_dir, *more):
+    return tiny_config(data_dir, run_dir, f"evaluate.lease_s={LEASE_S}", *more)
+
+
 def clear(run_dir):
-    for path in (run_dir / "evaluation").rglob("*.npz"):
+    for path in (run_dir / "evaluation").rglob("chunk-*"):
+        path.unlink()
+    for path in (run_dir / "evaluation").rglob("scores-*.json"):
         path.unlink()
 
 
-def units(run_dir):
-    (directory,) = (run_dir / "evaluation").glob("*-ema-*")
-    return {path.name: path.read_bytes() for path in sorted((directory / "units").iterdir())}
+def chunks(run_dir, kind="ema"):
+    (directory,) = (run_dir / "evaluation").glob(f"step-*-{kind}-*")
+    return {path.name: path.read_bytes() for path in sorted((directory / "chunks").glob("chunk-*.npz"))}
 
 
-def test_any_number_of_ranks_and_a_kill_give_the_same_bits(data_dir, run_dir):
-    config = tiny_config(data_dir, run_dir)
+def moments(run_dir, names, count):
+    (directory,) = (run_dir / "evaluation").glob("step-*-ema-*")
+    with spooled(WorkDirectory(str(directory / "chunks"), names), ["features"], count) as spool:
+        return spool.moments("features").state_dict()
+
+
+def told(scores):
+    return {name: value for name, value in scores.items() if name not in OF_THIS_RUN}
+
+
+def test_any_number_of_workers_and_kills_give_the_same_bits(data_dir, run_dir):
+    config = config_of(data_dir, run_dir)
     (alone,) = run_ranks(evaluate_job, 1, config)
     assert alone["samples"] == 60
-    expected = units(run_dir)
-    assert list(expected) == [f"unit-{u:06d}.npz" for u in range(4)]
+    expected = chunks(run_dir)
+    names = ["chunk-000000", "chunk-000001", "chunk-000002", "chunk-000003-of-12"]
+    assert list(expected) == [f"{name}.npz" for name in names]
+    as_one = moments(run_dir, names, 60)
+
+    for workers in (2, 3, 4):
+        clear(run_dir)
+        several = run_ranks(evaluate_job, workers, config)
+        assert all(scores == several[0] for scores in several), "all get what the one that scored wrote"
+        assert told(several[0]) == told(alone)
+        assert chunks(run_dir) == expected
 
     clear(run_dir)
-    two = run_ranks(evaluate_job, 2, config)
-    assert two[0] == two[1]
-    assert units(run_dir) == expected
-
-    clear(run_dir)
-    with pytest.raises(AssertionError, match="-9"):
-        run_ranks(evaluate_job, 1, config, 1)
-    assert list(units(run_dir)) == ["unit-000000.npz", "unit-000001.npz"]
-    kept = {path: path.stat().st_mtime_ns for path in (run_dir / "evaluation").rglob("*.npz")}
-    resumed = run_ranks(evaluate_job, 3, config)[0]
-    assert units(run_dir) == expected
+    for done in (1, 2):  # killed twice, each time after another chunk
+        with pytest.raises(AssertionError, match="-9"):
+            run_ranks(evaluate_job, 1, config, 1)
+        assert len(chunks(run_dir)) == done
+    kept = {path: path.stat().st_mtime_ns for path in (run_dir / "evaluation").rglob("chunk-*.npz")}
+    resumed = run_ranks(evaluate_job, 3, config)
+    assert told(resumed[0]) == told(alone)
+    assert chunks(run_dir) == expected
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "done work is not done again"
-    for scores in (*two, resumed):
-        assert {k: v for k, v in scores.items() if k not in TIMES} == {k: v for k, v in alone.items() if k not in TIMES}
+    assert all(np.array_equal(as_one[key], value) for key, value in moments(run_dir, names, 60).items())
+    assert not list((run_dir / "evaluation").rglob("*.lease-*"))
 
 
-def test_the_last_sub_batch_is_padded_and_the_padding_not_scored(data_dir, run_dir):
-    """60 images in sub-batches of 8: an image has the same bits in a job of 64."""
-    config = tiny_config(data_dir, run_dir)
-    (sixty,) = run_ranks(evaluate_job, 1, config)
-    more = tiny_config(data_dir, run_dir, "evaluate.samples=64")
-    (sixty_four,) = run_ranks(evaluate_job, 1, more)
-    assert (sixty["samples"], sixty_four["samples"]) == (60, 64)
-    last = [list(WorkDirectory(str(d / "units"), 4).results())[3] for d in (run_dir / "evaluation").glob("step-*")]
-    short, full = sorted(last, key=lambda result: len(result["labels"]))
-    assert (len(short["labels"]), len(full["labels"])) == (12, 16)
-    assert np.array_equal(short["features"], full["features"][:12])
-    assert np.array_equal(short["labels"], full["labels"][:12])
+def test_a_worker_lost_in_the_middle_costs_its_chunk(data_dir, run_dir):
+    """One of four dies with a chunk in its hands, on a machine that the others cannot see: they wait for its lease."""
+    config = config_of(data_dir, run_dir)
+    (alone,) = run_ranks(evaluate_job, 1, config)
+    clear(run_dir)
+    with pytest.raises(AssertionError, match=r"exit codes \[0, 0, 0, -9\]"):
+        run_ranks(lost_on_the_last, 4, config)
+    (directory,) = (run_dir / "evaluation").glob("step-*-ema-*")
+    assert told(json.loads((directory / "scores-60.json").read_text())) == told(alone)
 
 
-def test_scores_and_picture_are_written(data_dir, run_dir):
-    (scores,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir))
-    assert {"frechet_distance", "frechet_distance_real_halves", "class_accuracy", "recall", "step"} <= set(scores)
-    assert scores["step"] == 5
-    (directory,) = {path.parent for path in (run_dir / "evaluation").rglob("scores.json")} & {
-        path.parent for path in (run_dir / "evaluation").rglob("grid.png") if str(path) == scores["grid"]
-    }
-    assert json.loads((directory / "scores.json").read_text()) == scores
-    with Image.open(scores["grid"]) as picture:
-        assert picture.size == (10 * 34 + 2, 2 * 34 + 2)
+def lost_on_the_last(config):
+    from uvit_dist import dist
 
-
-def test_other_weights_and_other_protocols_are_kept_apart(data_dir, run_dir):
-    (ema,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir))
-    (untrained,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir, "evaluate.weights=untrained"))
-    (guided,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir, "sample.cfg_scale=3"))
-    assert len({scores["frechet_distance"] for scores in (ema, untrained, guided)}) == 3
-    assert len({scores["grid"] for scores in (ema, untrained, guided)}) == 3
-
-
-def test_what_is_missing_is_named(data_dir, run_dir, tmp_path):
-    (told,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, tmp_path))
-    assert told.startswith(f"MissingInputError 66: {tmp_path}: holds no checkpoint")
-    (told,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir, "evaluate.reference=nowhere.npz"))
-    assert told.startswith("MissingInputError 66: evaluate.reference nowhere.npz: no such file; make it")
-    (told,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir, "model.depth=4"))
-    assert told.startswith("DataError 65")
-    assert "model.depth: trained with 2, the configuration says 4" in told
-    for change in ("model.num_heads=4", "autoencoder.scale_factor=2"):  # would load without a word
-        (told,) = run_ranks(evaluate_job, 1, tiny_config(data_dir, run_dir, change))
-        assert told.startswith("DataError 65"), change
+    rank = dist.ranks_from_environment().rank
+    return evaluate_job(config, 0 if rank == 3 else None)

@@ -74,6 +74,7 @@ OWNERS = {
     "open_clip": {"models.text"},
     "pytorch_fid": {"models.inception"},
     "wandb": {"metrics"},
+    "matplotlib": {"evaluation.sweep"},
 }
 
 
