@@ -104,7 +104,7 @@ class Point:
 
         Raises ``KeyboardInterrupt`` between two sub-batches where the job was asked to stop.
         """
-        if self.scored() is not None:
+        if self._finished():
             return
         self._check_inputs()
         while (chunk := self._work.claim()) is not None:
@@ -152,12 +152,16 @@ class Point:
 
         Raises what scoring raises, and ``KeyboardInterrupt`` as ``do_chunks``.
         """
-        while self.scored() is None and self._work.missing():
+        while not self._finished() and self._work.missing():
             stopping.check()
             self.do_chunks()  # of a worker that died
             if self._work.missing():
                 self._work.wait()
         return self._work.once(f"scores-{self.config.evaluate.samples}", self.scored, self._score)
+
+    def _finished(self) -> bool:
+        """Whether nothing is left to do: scored, and, where images are to be kept, all of them there."""
+        return self.scored() is not None and not (self.config.evaluate.save_samples and self._work.missing())
 
     @property
     def _file(self) -> Path:
