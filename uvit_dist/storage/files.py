@@ -71,9 +71,13 @@ def sizes_in(directory: str) -> dict[str, int]:
             entries = _ask(directory, "ls", detail=True)
             return {Path(e["name"]).name: int(e["size"]) for e in entries if e["type"] == "file"}
         return {}
+    found = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    return {}
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # removed while the directory is read: the others are there
+                if entry.is_file():
+                    found[entry.name] = entry.stat().st_size
+    return found
 
 
 def read_bytes(path: str, cache_as: str | None = None) -> bytes:
