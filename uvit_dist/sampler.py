@@ -109,6 +109,14 @@ class ImageConditions:
         words = keyed_bits(self._seed, "sample_label", 0, ids, 1)[:, 0]
         return {"y": torch.searchsorted(self._limits.to(ids.device), words.contiguous(), right=True)}
 
+    def texts(self, ids: Tensor) -> list[str] | None:
+        """The captions that the images of these ids, (B,) int64, are asked for with; none where there are no texts."""
+        if self._reader is None:
+            return None
+        rounds, places = np.divmod(ids.cpu().numpy(), len(self._order))
+        pairs = zip(places.tolist(), rounds.tolist(), strict=True)
+        return [self._reader.texts(self._order[[place]], epoch=turn)[0] for place, turn in pairs]
+
     def _contexts(self, ids: Ids) -> Tensor:
         """A caption of a held-out sample for each id; beyond their number they come again, with other captions."""
         assert self._reader is not None
