@@ -281,10 +281,9 @@ class SampleReader:
         content = storage.read_range(path, begin, int(self._context_rows(shard)["offset"][first]) - begin)
         try:
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-                (told,) = (tar.extractfile(member) for member in tar if member.name.endswith(".json"))
-            assert told is not None
-            return str(json.loads(told.read())["captions"][drawn])
-        except (tarfile.TarError, ValueError, KeyError, IndexError) as error:
+                told = tar.extractfile(next(member for member in tar if member.name.endswith(".json")))
+                return str(json.load(told)["captions"][drawn])  # type: ignore[arg-type]
+        except (tarfile.TarError, StopIteration, ValueError, KeyError, IndexError) as error:
             raise DataError(
                 f"{path}: the captions at byte {begin} cannot be read ({error}). Make or copy this shard again."
             ) from None
