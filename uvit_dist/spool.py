@@ -16,15 +16,15 @@ from uvit_dist.errors import DataError
 from uvit_dist.fid import FeatureMoments
 from uvit_dist.work import WorkDirectory
 
+BLOCK = 1000
+"""Images whose moments are taken at once: more than a unit of work has, for each costs passes over a (D, D) matrix."""
+
 
 class Spool:
-    """Arrays by name, each (N, ...) in order of the images, and where the units of work that they came from end.
+    """Arrays by name, each (N, ...) in order of the images. count: N, the number of images."""
 
-    count: N, the number of images.
-    """
-
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], ends: list[int]) -> None:
-        self.count, self._arrays, self._ends = ends[-1] if ends else 0, arrays, ends
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], count: int) -> None:
+        self.count, self._arrays = count, arrays
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -36,11 +36,12 @@ class Spool:
         return self._arrays[kind][:first]
 
     def moments(self, kind: str) -> FeatureMoments:
-        """Those of all images in float64: of each unit of work, merged in order of the units."""
+        """Those of all images in float64, taken in blocks of a fixed size, in order: the same bits however the images
+        were cut into units of work."""
         features = self._arrays[kind]
         out = FeatureMoments(features.shape[1])
-        for begin, end in zip([0, *self._ends], self._ends, strict=False):
-            out.update(torch.from_numpy(features[begin:end].astype(np.float64)))
+        for begin in range(0, self.count, BLOCK):
+            out.update(torch.from_numpy(features[begin : begin + BLOCK].astype(np.float64)))
         return out
 
 
@@ -51,13 +52,12 @@ def spooled(work: WorkDirectory, kinds: list[str], count: int) -> Iterator[Spool
     kinds: names of the arrays wanted; count: of images that they must be of. One result is in memory at a time.
     Raises ``DataError`` where they are of another number.
     """
-    ends: list[int] = []
+    end = 0
     with contextlib.ExitStack() as files:
         arrays: dict[str, NDArray[Any]] = {}
         for result in work.results():
-            begin = ends[-1] if ends else 0
-            ends.append(begin + len(result[kinds[0]]))
-            if ends[-1] > count:
+            begin, end = end, end + len(result[kinds[0]])
+            if end > count:
                 break
             for kind in kinds:
                 part = result[kind]
@@ -65,10 +65,11 @@ def spooled(work: WorkDirectory, kinds: list[str], count: int) -> Iterator[Spool
                     directory = work.directory if not storage.is_remote(work.directory) else None
                     file: IO[bytes] = files.enter_context(tempfile.TemporaryFile(dir=directory))
                     arrays[kind] = np.memmap(file, dtype=part.dtype, mode="w+", shape=(count, *part.shape[1:]))
-                arrays[kind][begin : ends[-1]] = part
-        if not ends or ends[-1] != count:
-            raise DataError(f"{work.directory}: holds results of {ends[-1] if ends else 0} images, {count} are needed; "
-                            "delete it and evaluate again")  # fmt: skip
+                arrays[kind][begin:end] = part
+        if end != count:
+            raise DataError(
+                f"{work.directory}: holds results of {end} images, {count} are needed; delete it and evaluate again"
+            )
         for array in arrays.values():
             array.flags.writeable = False
-        yield Spool(arrays, ends)
+        yield Spool(arrays, count)

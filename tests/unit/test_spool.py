@@ -4,10 +4,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 
 from uvit_dist.errors import DataError
-from uvit_dist.fid import FeatureMoments
 from uvit_dist.spool import spooled
 from uvit_dist.work import WorkDirectory
 
@@ -24,14 +22,15 @@ def stored(directory, chunks, last=CHUNK):
     return work
 
 
-def test_features_come_in_order_and_their_moments_are_those_of_the_chunks_in_order(tmp_path):
-    work = stored(tmp_path / "work", 4, last=30)
+def test_features_come_in_order_and_their_moments_do_not_depend_on_the_chunks(tmp_path):
+    work = stored(tmp_path / "work", 6, last=30)
     whole = np.concatenate([found["features"] for found in work.results()])
-    merged = FeatureMoments(DIM)
-    for found in work.results():
-        merged.update(torch.from_numpy(found["features"]))
-    with spooled(work, ["features", "labels"], 780) as spool:
-        assert (spool.count, spool.kinds) == (780, ("features", "labels"))
+    halves = WorkDirectory(str(tmp_path / "halves"), ["first", "second"])
+    (tmp_path / "halves").mkdir()
+    halves.put("first", {"features": whole[:1100]})
+    halves.put("second", {"features": whole[1100:]})
+    with spooled(work, ["features", "labels"], 1280) as spool:
+        assert (spool.count, spool.kinds) == (1280, ("features", "labels"))
         assert np.array_equal(spool.features("features"), whole)
         assert np.array_equal(spool.features("features", 300), whole[:300])
         assert spool.features("labels", 251)[-2:].tolist() == [0, 1]
@@ -39,8 +38,12 @@ def test_features_come_in_order_and_their_moments_are_those_of_the_chunks_in_ord
         moments = spool.moments("features")
         with pytest.raises(ValueError, match="read-only"):
             spool.features("features")[0] = 0
-    assert np.array_equal(moments.mean, merged.mean)
-    assert np.array_equal(moments.covariance, merged.covariance)
+    assert np.allclose(moments.mean, whole.mean(0, dtype=np.float64), rtol=1e-12)
+    assert np.allclose(moments.covariance, np.cov(whole.astype(np.float64).T), rtol=1e-9)
+    with spooled(halves, ["features"], 1280) as spool:
+        otherwise = spool.moments("features")
+    assert np.array_equal(moments.mean, otherwise.mean), "however the images are cut"
+    assert np.array_equal(moments.covariance, otherwise.covariance)
     assert {path.suffix for path in (tmp_path / "work").iterdir()} == {".npz"}, "no file is left behind"
 
 
