@@ -44,7 +44,7 @@ class WorkDirectory:
 
     def missing(self, names: Collection[str] | None = None) -> list[str]:
         """The units that are still to do, in order. names: of the files here, listed just now, if they were."""
-        names = storage.sizes_in(self.directory) if names is None else names
+        names = storage.names_in(self.directory) if names is None else names
         return [unit for unit in self.units if any(unit + ending not in names for ending in self._endings)]
 
     def put(self, unit: str, result: Result) -> None:
@@ -77,12 +77,12 @@ class SharedWork(WorkDirectory):
 
     def claim(self) -> str | None:
         """A unit to do, now this worker's; none where all are done or in other hands."""
-        names = storage.sizes_in(self.directory)
+        names = storage.names_in(self.directory)
         held, missing = newest_leases(names), set(self.missing(names))
         todo = [unit for unit in [*self.units[self._start :], *self.units[: self._start]] if unit in missing]
         for unit in sorted(todo, key=lambda unit: unit in held):  # those in other hands last
             if self._leases.claim(unit, names):
-                if unit in self.missing():
+                if not all(storage.exists(self.path(unit, ending)) for ending in self._endings):
                     return unit
                 self._leases.release(unit)  # done between the listing and the claim
         return None
@@ -104,7 +104,7 @@ class SharedWork(WorkDirectory):
         """
         while (value := found()) is None:
             stopping.check()
-            if not self._leases.claim(name, storage.sizes_in(self.directory)):
+            if not self._leases.claim(name, storage.names_in(self.directory)):
                 self.wait()
                 continue
             try:
