@@ -8,8 +8,13 @@ from pydantic import Field, model_validator
 
 from uvit_dist.config_data import Section
 from uvit_dist.config_rules import raise_broken
+from uvit_dist.scores.kinds import OF_INCEPTION, OF_PIXELS
 
 Solver = Literal["dpm_solver_pp", "dpm_solver", "euler_maruyama_sde", "euler_maruyama_ode"]
+
+
+Score = Literal["fid", "adm_fid", "sfid", "inception_score", "precision", "recall", "kid", "clip_score",
+                "frechet_distance", "class_accuracy"]  # fmt: skip
 
 
 class SweepConfig(Section):
@@ -42,7 +47,22 @@ class EvaluateConfig(Section):
     )
     inception: str | None = Field(None, description="path or URL of pt_inception-2015-12-05-6726825d.pth")
     inception_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
+    scores: tuple[Score, ...] | None = Field(
+        None,
+        description="what is scored; none: FID, or in spaces other than Inception's the Frechet distance, recall and "
+        "class accuracy. All but fid, the paper's, and clip_score are as ADM's evaluator has them",
+    )
+    compared: int = Field(
+        10_000, gt=1, description="images, those of the lowest ids, that precision, recall, KID and class accuracy use"
+    )
     reference: str = Field(description="path of the reference statistics: ours, or the official .npz of mu and sigma")
+    adm_reference: str | None = Field(
+        None, description="ADM's reference batch (.npz), for the scores after its resize; none: reference has them too"
+    )
+    reference_images: int | None = Field(None, gt=0, description="images that reference must be of; none: any number")
+    clip: str | None = Field(None, description="path or URL of the weights of the CLIP that clip_score is of")
+    clip_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
+    clip_model: str = Field("ViT-L-14-quickgelu", description="open_clip's name of that model")
     labels: Literal["uniform", "frequency"] = Field(
         "uniform", description="classes asked for: evenly, or as often as in the training set (ImageNet 64)"
     )
@@ -65,10 +85,25 @@ class EvaluateConfig(Section):
         60.0, gt=0, description="seconds of silence after which another worker takes over a worker's chunk"
     )
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The scores that are made, as far as the reference allows where none are named."""
+        default = ("fid",) if self.features == "inception" else ("frechet_distance", "recall", "class_accuracy")
+        return self.scores if self.scores is not None else default
+
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:
+        possible = OF_INCEPTION if self.features == "inception" else OF_PIXELS
         raise_broken(
             [
+                (
+                    set(self.asked) <= set(possible) and len(self.asked) > 0,
+                    f"scores {list(self.asked)} must be some of {', '.join(possible)}, with features {self.features}",
+                ),
+                (
+                    "clip_score" not in self.asked or self.clip is not None,
+                    f"scores: clip_score needs the weights of {self.clip_model}: set clip",
+                ),
                 (
                     self.chunk_size % self.sub_batch_size == 0,
                     f"chunk_size {self.chunk_size} must be divisible by sub_batch_size {self.sub_batch_size}",

@@ -38,6 +38,11 @@ class Networks:
     identity: tuple[str, ...]
 
     @property
+    def feature_network(self) -> str:
+        """What identifies the weights of the feature network, as references name it."""
+        return self.identity[2].partition(" ")[0]
+
+    @property
     def step(self) -> int:
         """Updates that the network has seen."""
         return self.weights.step if self.weights else 0

@@ -29,18 +29,19 @@ from uvit_dist.config import Config
 from uvit_dist.data.shards import write_image_shard
 from uvit_dist.evaluation.networks import Networks, choose_weights
 from uvit_dist.evaluation.reference import hash_of_reference, read_reference
-from uvit_dist.evaluation.scoring import FEATURES, LABELS, score
+from uvit_dist.evaluation.scoring import LABELS, score
 from uvit_dist.sampler import ImageConditions, Sampler, labels_of
+from uvit_dist.scores.kinds import needed
 from uvit_dist.spool import spooled
 from uvit_dist.work import Result, SharedWork
 
 log = logging.getLogger(__name__)
 GRID_COLUMNS = 10
 IMAGES, SHARD = "images", ".tar"
-SCORED_BY = ("reference", "neighbours")
+SCORED_BY = ("reference", "adm_reference", "reference_images", "neighbours", "scores", "compared")
 """Settings that change the scores and no image."""
-FREE = {*SCORED_BY, "samples", "inception", "inception_sha256", "checkpoint", "captions", "small_samples", "sweep",
-        "lease_s", "save_samples"}  # fmt: skip
+FREE = {*SCORED_BY, "samples", "inception", "inception_sha256", "clip", "clip_sha256", "clip_model", "checkpoint",
+        "captions", "small_samples", "sweep", "lease_s", "save_samples"}  # fmt: skip
 """Settings of the section that change neither an image nor its features (files count by their content)."""
 
 
@@ -117,7 +118,7 @@ class Point:
         mark = self._work.path(f"inputs-{self._scored_by}", ".checked")
 
         def check() -> bool:
-            read_reference(self.config)
+            read_reference(self.config, self._networks.feature_network)
             choose_weights(self.config)
             return storage.create(mark, b"{}")
 
@@ -129,7 +130,9 @@ class Point:
         protocol, device = self.config.evaluate, self._networks.device
         first = self.chunks.index(chunk) * protocol.chunk_size
         last = min(first + protocol.chunk_size, protocol.samples)
-        images, labels, features = [], [], []
+        images, labels = [], []
+        features: dict[str, list[Tensor]] = {}
+        wants_texts = "clip_score" in protocol.asked
         for begin in range(first, last, protocol.sub_batch_size):
             stopping.check()
             ids = torch.arange(begin, begin + protocol.sub_batch_size, device=device)  # ids beyond the last: padding
@@ -138,12 +141,15 @@ class Point:
             wanted = min(last - begin, protocol.sub_batch_size)
             images.append(batch[:wanted].cpu())
             labels.append(labels_of(condition, len(ids))[:wanted])
-            features.append(self._networks.extract(batch)[:wanted].cpu())
+            found = self._networks.extract(batch, self._conditions.texts(ids) if wants_texts else None)
+            for kind, values in found.items():
+                features.setdefault(kind, []).append(values[:wanted].cpu())
         pixels, asked = torch.cat(images).numpy(), torch.cat(labels).numpy()
         if protocol.save_samples:
             write_image_shard(self._work.path(chunk, SHARD), range(first, last), pixels, asked)
         shown = max(0, min(last, protocol.grid_rows * GRID_COLUMNS) - first)
-        return {FEATURES: torch.cat(features).numpy(), LABELS: asked, IMAGES: pixels[:shown]}
+        arrays = {kind: torch.cat(parts).numpy() for kind, parts in features.items()}
+        return {**arrays, LABELS: asked, IMAGES: pixels[:shown]}
 
     # -- scores --------------------------------------------------------------------------------------------------------
 
@@ -176,9 +182,10 @@ class Point:
 
     def _score(self) -> dict[str, Any]:
         config, weights = self.config, self._networks.weights
-        reference = read_reference(config)
-        with spooled(self._work, [FEATURES, LABELS], config.evaluate.samples) as spool:
-            scores = score(spool, reference, config)
+        networks, kinds = self._networks, needed(config.evaluate.features, config.evaluate.asked)
+        reference = read_reference(config, networks.feature_network)
+        with spooled(self._work, [*kinds, LABELS], config.evaluate.samples) as spool:
+            scores = score(spool, reference, config, networks.extract, networks.device)
         grid = self.directory / "grid.png"
         images = self._first_images()
         storage.write_bytes(str(grid), png(torch.from_numpy(images), GRID_COLUMNS))
