@@ -35,13 +35,13 @@ class Spool:
         """(n, D), of the first n images in the order of their ids (none: of all), memory-mapped; not to be changed."""
         return self._arrays[kind][:first]
 
-    def moments(self, kind: str) -> FeatureMoments:
-        """Those of all images in float64, taken in blocks of a fixed size, in order: the same bits however the images
-        were cut into units of work."""
+    def moments(self, kind: str, device: torch.device | str = "cpu") -> FeatureMoments:
+        """Those of all images in float64, computed on a device in blocks of a fixed size, in order: the same bits
+        however the images were cut into units of work."""
         features = self._arrays[kind]
-        out = FeatureMoments(features.shape[1])
+        out = FeatureMoments(features.shape[1], device)
         for begin in range(0, self.count, BLOCK):
-            out.update(torch.from_numpy(features[begin : begin + BLOCK].astype(np.float64)))
+            out.update(torch.tensor(features[begin : begin + BLOCK]))
         return out
 
 

@@ -115,9 +115,11 @@ def choose_weights(config: Config, verify: str | None = None) -> Weights | None:
 
 
 def load_network(config: Config, weights: Weights | None) -> UViT:
-    """The network with these weights, or untrained ones."""
-    torch.manual_seed(config.seed)
-    net = UViT(**config.model.model_dump()).eval().requires_grad_(False)
-    if weights is not None:
-        net.load_state_dict(weights.tensors)
-    return net
+    """The network with these weights, which become its own, or untrained ones."""
+    if weights is None:
+        torch.manual_seed(config.seed)
+        return UViT(**config.model.model_dump()).eval().requires_grad_(False)
+    with torch.device("meta"):  # no time is spent on weights that are replaced
+        net = UViT(**config.model.model_dump())
+    net.load_state_dict(weights.tensors, assign=True)
+    return net.eval().requires_grad_(False)
