@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools import stopping
 from data_tools.decoding import CHUNK, Chunk, Request, decoded, processes_for
 from data_tools.images import ImageSource
 from data_tools.units import POLL_S, Shard, ShardJob, Unit
+from uvit_dist import stopping
 from uvit_dist.config import Config
 from uvit_dist.data.latents import Sample
 from uvit_dist.data.shards import ShardIndex, ShardRecord, write_shard

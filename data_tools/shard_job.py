@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools import stopping
 from data_tools.images import ImageSource, Item
 from data_tools.pipeline import Maker, Pipeline
 from data_tools.sources import open_source
 from data_tools.units import POLL_S, WORK, ShardJob
-from uvit_dist import storage
+from uvit_dist import stopping, storage
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.data.latents import Provenance, Sample

@@ -37,9 +37,9 @@ def tiny_config(data_dir: Path, run_dir: Path, *more: str) -> Config:
 
 
 def records(run_dir: Path, name: str) -> dict[int, dict[str, Any]]:
-    """Step → the last record of it, of metrics.jsonl or trace.jsonl."""
+    """Step → the last record of it, of metrics.jsonl (evaluations apart) or trace.jsonl."""
     lines = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-    return {line["step"]: line for line in lines}
+    return {line["step"]: line for line in lines if "evaluation" not in line}
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -22,7 +22,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from uvit_dist import dist, faults, pins, storage
+from uvit_dist import dist, faults, pins, score_log, storage
 from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, OutputError
@@ -146,7 +146,8 @@ def retain(run_dir: str | Path, step: int, config: CheckpointConfig, spared: str
         if loss is not None:
             losses[_step_of(path)] = float(loss)
     steps = [_step_of(path) for path in whole]
-    stay = kept(steps, losses, config) | pins.pinned(run_dir, steps)
+    distances = score_log.distances(run_dir) if config.keep_best_scores else {}
+    stay = kept(steps, losses, config, distances) | pins.pinned(run_dir, steps)
     for path in whole:
         if _step_of(path) in stay or path.name == spared:
             continue
@@ -158,12 +159,20 @@ def retain(run_dir: str | Path, step: int, config: CheckpointConfig, spared: str
     return [path.name for path in whole if _step_of(path) in stay]
 
 
-def kept(steps: Sequence[int], losses: Mapping[int, float], config: CheckpointConfig) -> set[int]:
-    """Of the steps of whole checkpoints, newest first, those that stay. losses: validation losses, of some."""
+def kept(
+    steps: Sequence[int], losses: Mapping[int, float], config: CheckpointConfig, distances: Mapping[int, float] = {}
+) -> set[int]:
+    """Of the steps of whole checkpoints, newest first, those that stay.
+
+    losses: validation losses, of some; distances: FIDs, or what an evaluation has in their place, of some.
+    """
     stay = set(steps[: config.keep])
     if config.keep_every is not None:
         stay |= {step for step in steps if step % config.keep_every == 0}
-    return stay | set(sorted(losses, key=lambda step: (losses[step], step))[: config.keep_best])
+    for values, count in ((losses, config.keep_best), (distances, config.keep_best_scores)):
+        here = [step for step in steps if step in values]
+        stay |= set(sorted(here, key=lambda step: (values[step], step))[:count])
+    return stay
 
 
 def _step_of(path: Path) -> int:

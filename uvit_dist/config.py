@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 
 from uvit_dist.config_data import DataConfig, PrecomputeConfig, Section, StorageConfig
+from uvit_dist.config_evaluate import EvaluateConfig
 from uvit_dist.config_rules import raise_broken, rules_between
 
 
@@ -159,6 +160,9 @@ class CheckpointConfig(Section):
     keep_best: int = Field(
         0, ge=0, description="checkpoints of the lowest validation losses kept, of steps with a validation"
     )
+    keep_best_scores: int = Field(
+        0, ge=0, description="checkpoints of the lowest FID (or Fréchet distance) kept, of those that were evaluated"
+    )
     verify: Literal["size", "hash"] = Field("hash", description="what is checked of a checkpoint before it is loaded")
     background: bool = Field(True, description="write beside the training steps, which wait for a copy in memory alone")
     most_failures: int = Field(
@@ -197,43 +201,11 @@ class SampleConfig(Section):
     )
     steps: int = Field(50, gt=1, description="calls of the network for each image")
     cfg_scale: float = Field(0.0, ge=0, description="s in cond + s * (cond - uncond); 0: no guidance")
-
-
-class EvaluateConfig(Section):
-    """What is generated and how it is scored."""
-
-    samples: int = Field(50_000, ge=10, description="images generated")
-    sub_batch_size: int = Field(50, gt=0, description="images in one forward pass: a part of the protocol")
-    chunk_size: int = Field(250, gt=0, description="images in a unit of work; a multiple of sub_batch_size")
-    seed: int = Field(1234, ge=0, lt=2**63, description="seed of noise and labels, by image id")
-    features: Literal["inception", "pixels_8x8", "digits_pixels_8x8"] = Field(
-        "inception", description="the feature space of the scores; FID is that of Inception alone"
+    precision: Literal["fp32", "bf16_autocast"] = Field(
+        "fp32",
+        description="fp32 without TF32; or bf16 autocast of the network and, as the official code does it, fp16 "
+        "autocast of the decoder; the solver's arithmetic is fp32 always",
     )
-    inception: str | None = Field(None, description="path or URL of pt_inception-2015-12-05-6726825d.pth")
-    inception_sha256: str | None = Field(None, description="hash of that file; a URL must have one")
-    reference: str = Field(description="path of the reference statistics: ours, or the official .npz of mu and sigma")
-    labels: Literal["uniform", "frequency"] = Field(
-        "uniform", description="classes asked for: evenly, or as often as in the training set (ImageNet 64)"
-    )
-    captions: str | None = Field(None, description="index of the samples whose captions are asked for (text systems)")
-    checkpoint: str | None = Field(
-        None, description="weights to evaluate: a run, a step of one, or an export; none: the newest of run_dir"
-    )
-    neighbours: int = Field(5, gt=0, description="k of the nearest-neighbour classifier and of recall")
-    weights: Literal["ema", "model", "untrained"] = Field("ema", description="'untrained' is the control")
-    grid_rows: int = Field(10, gt=0, description="rows of the picture of samples, ten images in each")
-
-    @model_validator(mode="after")
-    def _check(self) -> EvaluateConfig:
-        raise_broken(
-            [
-                (
-                    self.chunk_size % self.sub_batch_size == 0,
-                    f"chunk_size {self.chunk_size} must be divisible by sub_batch_size {self.sub_batch_size}",
-                )
-            ]
-        )
-        return self
 
 
 class LaunchConfig(Section):

@@ -2,6 +2,7 @@
 
     python -m uvit_dist.launch --config configs/digits_demo.yaml
     python -m uvit_dist.launch --config configs/digits_demo.yaml --job evaluate sample.cfg_scale=0.5
+    python -m uvit_dist.launch --config configs/digits_demo.yaml --job evaluate --sweep cfg_scale=0,1,2 steps=10,20
     python -m uvit_dist.launch --config configs/digits_demo.yaml --local 1
     python -m uvit_dist.launch --config configs/uvit_h_imagenet512.yaml --dry-run
     python -m uvit_dist.launch --config configs/uvit_h_imagenet512.yaml --then evaluate --follow
@@ -23,6 +24,7 @@ from uvit_dist.config import Config
 from uvit_dist.config_cluster import read_profile
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import ConfigError, OutputError, explained_exit
+from uvit_dist.evaluation import sweep
 from uvit_dist.local import run_local
 from uvit_dist.worker import JOBS
 
@@ -39,6 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--job", default="train", choices=JOBS, help="what to do (default: train)")
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=VALUES", help=sweep.HELP)
     parser.add_argument("--local", type=int, metavar="N", help="run N processes on this machine, whatever launch says")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the SLURM job, whatever launch says")
     parser.add_argument("--array", type=int, metavar="N", help="N SLURM jobs of a node each that share the work")
@@ -60,7 +63,7 @@ def main() -> None:
         if wrong:
             parser.error(why)
     with explained_exit():
-        config = load_config(args.config, [*args.overrides, *_as_overrides(args)])
+        config = load_config(args.config, [*args.overrides, *sweep.overrides_of(args.sweep), *_as_overrides(args)])
         if args.dry_run:
             from uvit_dist.dry_run import dry_run
 

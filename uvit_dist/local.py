@@ -17,7 +17,7 @@ from uvit_dist.config import Config
 from uvit_dist.config_cluster import job_directory
 from uvit_dist.config_yaml import dump_config
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE
-from uvit_dist.worker import LAUNCHER_VARIABLE, error_file
+from uvit_dist.worker import LAUNCHER_VARIABLE, SHARED_JOBS, error_file
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 GRACE_S = 10.0
@@ -28,7 +28,7 @@ def run_local(config: Config, job: str) -> int:
     """Run every rank of a job on this machine and wait. Returns the job's exit code; prints why it failed."""
     storage.make_directory(config.run_dir)
     lease.require_free(job_directory(config.run_dir, job))
-    shared = job == "precompute"  # its workers share the work among themselves, on any number of machines
+    shared = job in SHARED_JOBS
     with contextlib.nullcontext() if shared else storage.locked(config.run_dir):
         if job == "train":
             pins.switch(config.run_dir, on=False)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from uvit_dist import storage
+from uvit_dist.errors import OutputError
+from uvit_dist.score_log import append_line, path_of
 
 if TYPE_CHECKING:  # the worker asks for a log's path before torch is there
     from uvit_dist.dist import Ranks
@@ -90,41 +94,98 @@ class MetricsLog:
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
         self.path = Path(run_dir, "metrics.jsonl")
         self._file = JsonLines(self.path)
-        self._wandb: Any = None
-        if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
-            self._wandb = _start_wandb(run_dir, config)
+        self._wandb = _WandbRun(run_dir, config) if _wandb_is_wanted() else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; ``step`` counts updates."""
         self._file.write(record)
         if self._wandb is not None:
-            try:
-                self._wandb.log(record, step=record["step"])
-            except Exception as error:  # noqa: BLE001 - a logger must not stop training
-                log.warning("W&B: %s; no more is sent to it", error)
-                self._wandb = None
+            self._wandb.log(record)
 
     def close(self) -> None:
         """Close the file and finish the W&B run."""
         self._file.close()
         if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:  # noqa: BLE001
-                log.warning("W&B: %s", error)
+            self._wandb.close()
 
 
-def _start_wandb(run_dir: str, config: dict[str, Any]) -> Any:
-    try:
+def log_scores(run_dir: str, record: dict[str, Any], config: dict[str, Any]) -> None:
+    """Add the scores of a checkpoint, whose record is in the run's history, to the run's metrics at its step.
+
+    In ``metrics.jsonl`` they are one line, ``{"step": …, "evaluation": {…}}``, appended beside a training that goes on.
+    A W&B run has one writer: the training if it runs, which sends them with its own next metrics; else this process.
+    """
+    append_line(Path(run_dir, "metrics.jsonl"), {"step": record["step"], "evaluation": record})
+    if _wandb_is_wanted():
+        with contextlib.suppress(OutputError), storage.locked(run_dir):
+            _WandbRun(run_dir, config).close()
+
+
+def _wandb_is_wanted() -> bool:
+    return bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"))
+
+
+class _WandbRun:
+    """The W&B run of a run directory, which never stops a job: what W&B raises is logged once, then it is left alone.
+
+    With it go the scores of checkpoints that came to the run's history since the last time: as ``evaluation/…`` over
+    ``evaluation/step``, for W&B's own steps cannot go back.
+    """
+
+    def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
+        self._run_dir, self._sent, self._run = run_dir, Path(run_dir, "wandb_scores_sent"), None
+        self._guarded(lambda: self._start(config))
+
+    def _start(self, config: dict[str, Any]) -> None:
         import wandb
 
-        id_file = Path(run_dir, "wandb_id")
+        id_file = Path(self._run_dir, "wandb_id")
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
-        return wandb.init(id=id_file.read_text(), resume="allow", dir=run_dir, config=config, project="uvit_dist")
-    except Exception as error:  # noqa: BLE001 - a logger must not stop training
-        log.warning("W&B: %s; training goes on without it", error)
-        return None
+        self._run = wandb.init(
+            id=id_file.read_text(), resume="allow", dir=self._run_dir, config=config, project="uvit_dist"
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Send metrics of a step, and what scores there are."""
+        if self._run is not None:
+            self._guarded(lambda: self._run.log(record, step=record["step"]))
+        if self._run is not None:
+            self._guarded(self._send_scores)
+
+    def _send_scores(self) -> None:
+        path = path_of(self._run_dir)
+        size, sent = (path.stat().st_size if path.exists() else 0), self._sent_until()
+        if size <= sent or self._run is None:
+            return
+        with open(path, "rb") as file:
+            file.seek(sent)
+            new = file.read(size - sent)
+        self._run.define_metric("evaluation/step")
+        self._run.define_metric("evaluation/*", step_metric="evaluation/step")
+        for line in new.splitlines():
+            record = json.loads(line)
+            if record.get("of_run"):
+                self._run.log({f"evaluation/{name}": value for name, value in record.items()})
+        storage.write_bytes(str(self._sent), str(size).encode())
+
+    def _sent_until(self) -> int:
+        """Bytes of the history that were sent already."""
+        return int(self._sent.read_text()) if self._sent.exists() else 0
+
+    def close(self) -> None:
+        """Send what scores there are, and finish."""
+        if self._run is not None:
+            self._guarded(self._send_scores)
+        if self._run is not None:
+            self._guarded(self._run.finish)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - a logger must not stop a job
+            log.warning("W&B: %s; no more is sent to it", error)
+            self._run = None
 
 
 class Progress:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from uvit_dist import storage
 from uvit_dist.config import AutoencoderConfig, Config, EvaluateConfig, TextConfig
 from uvit_dist.errors import ConfigError
 from uvit_dist.models import autoencoder as autoencoder_module
+from uvit_dist.models import clip as clip_module
 from uvit_dist.models import inception as inception_module
 from uvit_dist.models import text as text_module
 from uvit_dist.models.autoencoder import Autoencoder, load_autoencoder
+from uvit_dist.models.clip import load_clip
 from uvit_dist.models.features import EXTRACTORS, Extractor
 from uvit_dist.models.frozen import fingerprint
-from uvit_dist.models.inception import load_inception
+from uvit_dist.models.inception import Inception, load_inception
 from uvit_dist.models.text import TextEncoder, load_text_encoder, load_text_tower, tower_remedy
+from uvit_dist.scores.kinds import CLIP, WIDTHS, needed
 
 
 def load_encoder(section: AutoencoderConfig) -> Autoencoder:
@@ -55,12 +61,35 @@ def load_text(section: TextConfig) -> TextEncoder:
 
 
 def load_extractor(evaluate: EvaluateConfig, device: torch.device) -> tuple[Extractor, str]:
-    """Images (B, 3, H, W) uint8 on ``device`` → features (B, D) float64, of the feature space in the configuration.
+    """The features that the scores of the configuration are made of, of images on ``device``.
 
-    And what identifies its weights. Raises ``ConfigError``, ``MissingInputError``, ``DataError``.
+    And what identifies them: first, up to a blank, the feature network, as references name it.
+    Raises ``ConfigError``, ``MissingInputError``, ``DataError``.
     """
+    kinds = needed(evaluate.features, evaluate.asked)
+    parts: list[Extractor] = []
+    identities: list[str] = [evaluate.features]
     if evaluate.features != "inception":
-        return EXTRACTORS[evaluate.features], evaluate.features
+        parts.append(EXTRACTORS[evaluate.features])
+    elif set(kinds) & set(WIDTHS):
+        inception = _inception(evaluate, kinds).to(device)
+        parts.append(inception)
+        identities = [fingerprint(inception.state_dict()), *inception.kinds]
+    if CLIP in kinds:
+        assert evaluate.clip is not None
+        remedy = clip_module.remedy(evaluate.clip_model)
+        path = storage.local_weights(evaluate.clip, evaluate.clip_sha256, "evaluate.clip", remedy)
+        clip = load_clip(evaluate.clip_model, path).to(device)
+        parts.append(clip)
+        identities += [CLIP, evaluate.clip_model, fingerprint(clip.state_dict())]
+
+    def extract(images: Tensor, texts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        return {kind: value for part in parts for kind, value in part(images, texts).items()}
+
+    return extract, " ".join(identities)
+
+
+def _inception(evaluate: EvaluateConfig, kinds: Sequence[str]) -> Inception:
     if evaluate.inception is None:
         raise ConfigError(
             f"evaluate.inception: missing; evaluate.features inception needs it; {inception_module.REMEDY}"
@@ -68,5 +97,4 @@ def load_extractor(evaluate: EvaluateConfig, device: torch.device) -> tuple[Extr
     path = storage.local_weights(
         evaluate.inception, evaluate.inception_sha256, "evaluate.inception", inception_module.REMEDY
     )
-    network = load_inception(path).to(device)
-    return network.features, fingerprint(network.state_dict())
+    return load_inception(path, [kind for kind in kinds if kind in WIDTHS])

@@ -24,7 +24,8 @@ from uvit_dist.config import Config
 from uvit_dist.config_yaml import changed, parse_config
 from uvit_dist.data.latents import check_same_text_encoder
 from uvit_dist.errors import ConfigError, explained_exit
-from uvit_dist.evaluate import load_network, png
+from uvit_dist.evaluation.networks import load_network
+from uvit_dist.evaluation.point import png
 from uvit_dist.pretrained import load_decoder, load_text
 from uvit_dist.sampler import Condition, Sampler
 from uvit_dist.weights import check_trained_as, load_weights

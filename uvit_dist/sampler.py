@@ -44,7 +44,7 @@ class Sampler:
 
     @torch.inference_mode()
     def generate(self, ids: Tensor, condition: Condition, seed: int) -> Tensor:
-        """The images of the given ids, (B,) int64, on the network's device, in fp32. Returns (B, 3, H, W) uint8.
+        """The images of the given ids, (B,) int64, on the network's device. Returns (B, 3, H, W) uint8.
 
         Their bits also depend on B, which is why B is a part of an evaluation's protocol.
         """
@@ -57,10 +57,14 @@ class Sampler:
         x_T = keyed_normal(seed, "sample_noise", 0, ids, shape)
         null = self._null(condition)
         eps = noise_predictor(self._net, self._schedule.network_time, condition, null, sample.cfg_scale)
-        x0 = self._solve(eps, x_T, ids, seed)
+        half = sample.precision == "bf16_autocast"
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+            x0 = self._solve(eps, x_T, ids, seed)
         if self._decoder is None or self.config.autoencoder is None:
             return to_uint8(x0)
-        return to_uint8(self._decoder.decode(x0 / self.config.autoencoder.scale_factor))
+        with torch.autocast(ids.device.type, torch.float16, enabled=half):  # bf16 has fewer bits than a pixel
+            images = self._decoder.decode(x0 / self.config.autoencoder.scale_factor)
+        return to_uint8(images.float())
 
     def _solve(self, eps: NoisePredictor, x_T: Tensor, ids: Tensor, seed: int) -> Tensor:
         solver, steps = self.config.sample.solver, self.config.sample.steps
@@ -104,6 +108,14 @@ class ImageConditions:
             return {"y": keyed_integers(self._seed, "sample_label", 0, ids, 0, self._classes)}
         words = keyed_bits(self._seed, "sample_label", 0, ids, 1)[:, 0]
         return {"y": torch.searchsorted(self._limits.to(ids.device), words.contiguous(), right=True)}
+
+    def texts(self, ids: Tensor) -> list[str] | None:
+        """The captions that the images of these ids, (B,) int64, are asked for with; none where there are no texts."""
+        if self._reader is None:
+            return None
+        rounds, places = np.divmod(ids.cpu().numpy(), len(self._order))
+        pairs = zip(places.tolist(), rounds.tolist(), strict=True)
+        return [self._reader.texts(self._order[[place]], epoch=turn)[0] for place, turn in pairs]
 
     def _contexts(self, ids: Ids) -> Tensor:
         """A caption of a held-out sample for each id; beyond their number they come again, with other captions."""

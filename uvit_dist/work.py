@@ -12,35 +12,42 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uvit_dist import storage
+from uvit_dist import stopping, storage
 from uvit_dist.errors import MissingInputError, UserError
 
 log = logging.getLogger(__name__)
 Result = dict[str, NDArray[Any]]
+T = TypeVar("T")
+POLL_S = 2.0
+"""Most seconds between looks at what is in other hands."""
 
 
 class WorkDirectory:
-    """Results of numbered units under one directory. A result is there whole or not at all."""
+    """Results of named units, in order, under one directory. A result is there whole or not at all.
 
-    def __init__(self, directory: str, units: int) -> None:
-        self.directory, self.units = directory, units
+    beside: what else makes a unit done: endings of files of its name.
+    """
 
-    def _path(self, unit: int) -> str:
-        return storage.join(self.directory, f"unit-{unit:06d}.npz")
+    def __init__(self, directory: str, units: Sequence[str], beside: Sequence[str] = ()) -> None:
+        self.directory, self.units, self._endings = directory, units, (".npz", *beside)
 
-    def missing(self) -> list[int]:
-        """The units that are still to do, in order."""
-        done = storage.sizes_in(self.directory)
-        return [unit for unit in range(self.units) if f"unit-{unit:06d}.npz" not in done]
+    def path(self, unit: str, ending: str = ".npz") -> str:
+        """Of a file of a unit."""
+        return storage.join(self.directory, unit + ending)
 
-    def put(self, unit: int, result: Result) -> None:
+    def missing(self, names: Collection[str] | None = None) -> list[str]:
+        """The units that are still to do, in order. names: of the files here, listed just now, if they were."""
+        names = storage.names_in(self.directory) if names is None else names
+        return [unit for unit in self.units if any(unit + ending not in names for ending in self._endings)]
+
+    def put(self, unit: str, result: Result) -> None:
         """Store a unit's arrays."""
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w") as archive:  # as numpy.savez, but the bytes hold no time
@@ -48,13 +55,68 @@ class WorkDirectory:
                 data = io.BytesIO()
                 np.lib.format.write_array(data, np.asarray(array), allow_pickle=False)
                 archive.writestr(zipfile.ZipInfo(f"{name}.npy"), data.getvalue())
-        storage.write_bytes(self._path(unit), out.getvalue())
+        storage.write_bytes(self.path(unit), out.getvalue())
 
     def results(self) -> Iterator[Result]:
         """All results, in order of the units."""
-        for unit in range(self.units):
-            with np.load(io.BytesIO(storage.read_bytes(self._path(unit))), allow_pickle=False) as archive:
+        for unit in self.units:
+            with np.load(io.BytesIO(storage.read_bytes(self.path(unit))), allow_pickle=False) as archive:
                 yield dict(archive)
+
+
+class SharedWork(WorkDirectory):
+    """Units that any number of workers do, on any machines, started and killed at any time; and what is made of all.
+
+    Beside the results lie the leases of those under way. What a unit makes must not depend on who does it, or when.
+    """
+
+    def __init__(self, directory: str, units: Sequence[str], lease_s: float, beside: Sequence[str] = ()) -> None:
+        super().__init__(directory, units, beside)
+        self._leases, self._poll_s = Leases(directory, lease_s), min(POLL_S, lease_s / 4)
+        self._start = int(self._leases.us["token"], 16) % max(1, len(units))
+
+    def claim(self) -> str | None:
+        """A unit to do, now this worker's; none where all are done or in other hands."""
+        names = storage.names_in(self.directory)
+        held, missing = newest_leases(names), set(self.missing(names))
+        todo = [unit for unit in [*self.units[self._start :], *self.units[: self._start]] if unit in missing]
+        for unit in sorted(todo, key=lambda unit: unit in held):  # those in other hands last
+            if self._leases.claim(unit, names):
+                if not all(storage.exists(self.path(unit, ending)) for ending in self._endings):
+                    return unit
+                self._leases.release(unit)  # done between the listing and the claim
+        return None
+
+    def put(self, unit: str, result: Result) -> None:
+        """Store a claimed unit's arrays, and with that its lease ends."""
+        super().put(unit, result)
+        self._leases.release(unit)
+
+    def wait(self) -> None:
+        """Some seconds, before another look at what is in other hands."""
+        time.sleep(self._poll_s)
+
+    def once(self, name: str, found: Callable[[], T | None], make: Callable[[], T]) -> T:
+        """What one worker makes for all. found: what was made, if it is there; make: it, durably.
+
+        If the worker that makes it dies, another does. Raises what these do, and ``KeyboardInterrupt`` as
+        ``stopping.check``.
+        """
+        while (value := found()) is None:
+            stopping.check()
+            if not self._leases.claim(name, storage.names_in(self.directory)):
+                self.wait()
+                continue
+            try:
+                value = found()  # made between our look and our claim
+                return make() if value is None else value
+            finally:
+                self._leases.release(name)
+        return value
+
+    def close(self) -> None:
+        """Give back what this worker holds."""
+        self._leases.close()
 
 
 # -- leases ------------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ SLURM_VARIABLES = {
 LAUNCHER_VARIABLE = "UVIT_DIST_LAUNCHER"
 """Set by the launcher to its process id; it then speaks for all ranks, and they die with it."""
 
-EVALUATION_TIMEOUT_S = 86_400.0
-"""Ranks wait for the slowest one's last unit of work, and for the scoring on rank 0."""
+SHARED_JOBS = ("evaluate", "precompute")
+"""Jobs whose workers share the work by leases, on any number of machines: no process group, no lock of run_dir."""
 FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 log = logging.getLogger("uvit_dist.worker")
@@ -88,7 +88,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     ranks = dist.ranks_from_environment()
     metrics.set_up_logging(config.run_dir, ranks, name)
     storage.configure(config.storage)
-    if job == "precompute":  # its workers share the work by leases: no process group
+    if job == "precompute":
         from data_tools import shard_job
 
         watchdog.progress("working")
@@ -116,9 +116,11 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if job == "evaluate":
         from uvit_dist.evaluate import evaluate
 
-        dist.start(ranks, EVALUATION_TIMEOUT_S)
         watchdog.progress("working")
-        log.info("scores: %s", json.dumps(evaluate(config, ranks)))
+        try:
+            log.info("scores: %s", json.dumps(evaluate(config, ranks)))
+        except KeyboardInterrupt:
+            return INTERRUPTED_EXIT_CODE
         return 0
     from uvit_dist.train import train
 
@@ -173,7 +175,7 @@ def main() -> None:
             _be_supervised(config, args.name, on_stop)
     rank = os.environ.get("RANK", "0")
     number = int(rank) if rank.isdigit() else 0
-    alone = launcher is None and not supervised and rank == "0" and args.job != "precompute"
+    alone = launcher is None and not supervised and rank == "0" and args.job not in SHARED_JOBS
     message, mistake = "", False
     try:
         with storage.locked(_made(config.run_dir)) if alone else contextlib.nullcontext():

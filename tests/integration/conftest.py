@@ -1,13 +1,10 @@
 """Shards and a reference of the digits, made once for all tests of whole jobs."""
 
-import io
-
-import numpy as np
 import pytest
 import torch
 
 from data_tools import precompute_latents
-from data_tools.fid_reference import make_reference
+from data_tools.fid_reference import write_reference
 from data_tools.sources import DigitsSource
 from tests.integration.slurm_fixtures import cluster, slurm_cluster  # noqa: F401 - fixtures
 from tests.tiny import tiny_config
@@ -26,7 +23,5 @@ def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute_latents, "open_images", lambda _: FewDigits())
         precompute_latents.precompute(config, torch.device("cpu"))
-    out = io.BytesIO()
-    np.savez(out, **make_reference(config))
-    (directory / "reference.npz").write_bytes(out.getvalue())
+    write_reference(config)
     return directory

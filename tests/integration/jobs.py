@@ -96,17 +96,32 @@ def train_job(
     return "complete" if complete else "stopped"
 
 
-def evaluate_job(config: Config, last_unit: int | None = None) -> Any:
-    """Evaluate as a worker does; killed before it stores a unit after ``last_unit``."""
+def evaluate_job(config: Config, fault: str = "none") -> Any:
+    """Evaluate as a worker does, on a node of its own. fault: where this one is killed."""
+    from uvit_dist import work
     from uvit_dist.evaluate import evaluate
-    from uvit_dist.work import WorkDirectory
 
-    ranks = dist.ranks_from_environment()
-    if last_unit is not None:
-        _before(
-            WorkDirectory, "put", lambda _, unit, __: unit > last_unit, lambda: os.kill(os.getpid(), signal.SIGKILL)
-        )
-    dist.start(ranks, 60)
+    ranks, stored = dist.ranks_from_environment(), list[str]()
+    ours = work._this_process
+    work._this_process = lambda: {**ours(), "machine": f"node {ranks.rank}"}
+
+    def first(what: str) -> bool:
+        return storage.create(f"{config.run_dir}/killed {what}", b"{}")
+
+    faults: dict[str, tuple[Any, str, Callable[..., bool]]] = {
+        "before it stores its second chunk": (
+            work.SharedWork, "put", lambda _, unit, __: stored.append(unit) or len(stored) > 1
+        ),
+        "the first that stores chunk 2": (
+            work.SharedWork, "put", lambda _, unit, __: unit == "chunk-000002" and first("chunk")
+        ),
+        "the first that writes scores": (
+            storage, "write_bytes", lambda path, _: path.endswith("scores-60.json") and first("scores")
+        ),
+    }  # fmt: skip
+    if fault != "none":
+        _before(*faults[fault], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    storage.configure(config.storage)
     try:
         return evaluate(config, ranks)
     except UserError as error:

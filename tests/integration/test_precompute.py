@@ -183,7 +183,7 @@ def test_from_a_folder_of_jpegs_to_a_scored_model_in_three_commands(pictures, tm
     assert '"frechet_distance"' in launch("evaluate")
     index = read_index(str(tmp_path / "data" / "index.json"))
     assert index.provenance.samples == 2 * IMAGES
-    scores = [json.loads(path.read_text()) for path in run_dir.rglob("scores.json")]
+    scores = [json.loads(path.read_text()) for path in run_dir.rglob("scores-*.json")]
     assert len(scores) == 1
     assert np.isfinite(scores[0]["frechet_distance"])
     assert scores[0]["step"] == 10

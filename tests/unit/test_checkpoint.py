@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from uvit_dist import checkpoint, dist, faults, saving
+from uvit_dist import checkpoint, dist, faults, saving, score_log
 from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import CheckpointError, ConfigError, MissingInputError, OutputError
@@ -80,6 +80,24 @@ def test_the_newest_are_kept(tmp_path):
         save(tmp_path, step, keep=2)
     assert steps(tmp_path) == ["step-00000015", "step-00000100"]
     assert checkpoint.newest_whole(str(tmp_path)).name == "step-00000100"
+
+
+def test_the_best_by_their_scores_are_kept(tmp_path):
+    def scored(step, fid):
+        told = {"step": step, "fid": fid, "samples": 100, "weights": "ema", "of_run": True}
+        score_log.append_line(score_log.path_of(tmp_path), told)
+
+    rules = CheckpointConfig(every=1, keep=2, keep_best_scores=1)
+    for step in (10, 20, 30):
+        save(tmp_path, step, config=rules)
+        if step == 10:
+            scored(10, 3.0)
+    assert steps(tmp_path) == ["step-00000010", "step-00000020", "step-00000030"]
+    scored(20, 2.0)
+    scored(30, 2.5)
+    for step in (40, 50):
+        save(tmp_path, step, config=rules)
+    assert steps(tmp_path) == ["step-00000020", "step-00000040", "step-00000050"]
 
 
 def damage(path, how):

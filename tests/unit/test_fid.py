@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.golden_values import GOLDEN
-from uvit_dist import fid
 from uvit_dist.errors import DataError, NumericalError
-from uvit_dist.fid import FeatureMoments, frechet_distance, knn_classify, nearest_neighbour_recall
+from uvit_dist.fid import FeatureMoments, frechet_distance
 
 
 def golden(name: str) -> tuple[np.ndarray, np.ndarray, float]:
@@ -159,69 +158,3 @@ def test_frechet_of_what_is_no_moments_is_refused() -> None:
         frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
     with pytest.raises(NumericalError, match="NaN"):
         frechet_distance(mu, sigma, mu * np.nan, sigma)
-
-
-def recall_by_definition(real: Tensor, generated: Tensor, k: int) -> float:
-    inside = 0
-    for r in real:
-        for i, g in enumerate(generated):
-            others = (generated[torch.arange(len(generated)) != i] - g).norm(dim=1)
-            if (r - g).norm() <= others.sort()[0][k - 1]:
-                inside += 1
-                break
-    return inside / len(real)
-
-
-@pytest.mark.parametrize("block", [4096, 10])
-def test_recall_follows_its_definition(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fid, "_BLOCK", block)
-    real, generated = features(35, 4), features(43, 4, seed=1)
-    generated[:, 0] *= 0.3
-    for k in (1, 3, 12):
-        recall = nearest_neighbour_recall(real, generated, k)
-        assert recall == recall_by_definition(real, generated, k)
-        assert recall != nearest_neighbour_recall(generated, real, k)  # the control: precision is another thing
-
-
-def test_recall_sees_a_missing_mode() -> None:
-    modes = torch.cat([features(100, 3, mean=0), features(100, 3, seed=2, mean=1000)])
-    assert nearest_neighbour_recall(modes, modes) == 1
-    assert nearest_neighbour_recall(modes, modes[:100]) == 0.5
-    collapsed = modes[:1].expand(50, 3)
-    assert nearest_neighbour_recall(modes, collapsed) <= 1 / 200
-
-
-@pytest.mark.parametrize("block", [4096, 7])
-def test_knn_follows_its_definition(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fid, "_BLOCK", block)
-    train, queries = features(60, 3), features(25, 3, seed=1).float()
-    labels = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(3))
-    for k in (1, 2, 5, 11):
-        predicted = knn_classify(train, labels, queries, k)
-        for query, label in zip(queries.double(), predicted.tolist(), strict=True):
-            near = labels[(train - query).norm(dim=1).argsort()[:k]].tolist()
-            most = max(near.count(candidate) for candidate in near)
-            assert label == next(candidate for candidate in near if near.count(candidate) == most)
-
-
-def test_knn_ties_go_to_the_nearest() -> None:
-    train = torch.tensor([[1.0], [2.0], [3.0], [4.0], [50.0]])
-    labels = torch.tensor([9, 2, 2, 9, 1])
-    query = torch.zeros(1, 1)
-    assert knn_classify(train, labels, query, 5).tolist() == [9]
-    assert knn_classify(train, labels, query, 3).tolist() == [2]
-    assert knn_classify(train, labels, query, 1).tolist() == [9]
-
-
-def test_neighbours_that_cannot_be_had_are_refused() -> None:
-    f = features(5, 3)
-    with pytest.raises(DataError, match="k=5"):
-        nearest_neighbour_recall(f, f, k=5)
-    with pytest.raises(DataError, match="k=6"):
-        knn_classify(f, torch.zeros(5), f, k=6)
-    with pytest.raises(DataError, match="labels"):
-        knn_classify(f, torch.zeros(4), f)
-    with pytest.raises(DataError, match="same network"):
-        nearest_neighbour_recall(f, features(5, 4))
-    with pytest.raises(NumericalError, match="NaN"):
-        nearest_neighbour_recall(f * torch.nan, f, k=1)

@@ -11,9 +11,12 @@ import pytorch_fid.inception
 import torch
 import torchvision
 from pytorch_fid.inception import InceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from uvit_dist.errors import DataError, MissingInputError
-from uvit_dist.models.inception import FEATURES, Inception, load_inception
+from uvit_dist.models.inception import FEATURES, Inception, load_inception, resize_as_tensorflow_1
+from uvit_dist.scores.kinds import POOL, WIDTHS
 
 StateDict = dict[str, torch.Tensor]
 
@@ -78,28 +81,66 @@ def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def test_features_are_pytorch_fids(ours: Inception, theirs: InceptionV3, images: torch.Tensor) -> None:
-    features = ours.features(images)
-    expected = theirs(images.float() / 255)[0].flatten(1).double()
-    assert (features.shape, features.dtype) == ((3, FEATURES), torch.float64)
+    (features,) = ours(images).values()
+    expected = theirs(images.float() / 255)[0].flatten(1)
+    assert (features.shape, features.dtype) == ((3, FEATURES), torch.float32)
     assert relative_difference(features, expected) < 1e-5
     assert relative_difference(features[0], features[1]) > 0.01
     assert relative_difference(features[0], features[2]) > 0.01
+
+
+def test_features_of_adms_protocol_are_torch_fidelitys(file: Path, images: torch.Tensor) -> None:
+    ours = load_inception(file, WIDTHS)
+    kinds = ["2048", "logits_unbiased"]
+    theirs = FeatureExtractorInceptionV3("theirs", kinds, feature_extractor_weights_path=str(file))
+    features, (pool, logits) = ours(images), theirs(images)
+    assert {kind: value.shape[1] for kind, value in features.items()} == WIDTHS
+    assert relative_difference(features["adm_pool3"], pool) < 1e-5
+    assert relative_difference(features["adm_logits"], logits) < 1e-5
+    assert relative_difference(features["adm_pool3"], features["pool3"]) > 1e-3  # the control: another resize
+
+    kept: list[torch.Tensor] = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: kept.append(output))
+    theirs(images[:1])
+    spatial = features["adm_spatial"].view(-1, 17, 17, 7)
+    assert relative_difference(spatial[:1], kept[0][:, :7].permute(0, 2, 3, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(32, 64), (299, 300), (512, 17)])
+def test_resize_is_tensorflows(size: tuple[int, int]) -> None:
+    images = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(2)).float()
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False)
+    assert torch.equal(resize_as_tensorflow_1(images, 299), theirs)
+
+
+@pytest.mark.slow
+def test_both_protocols_on_64_images(file: Path, theirs: InceptionV3) -> None:
+    """The published tools on the same weights and images, all features within 1e-5."""
+    drawn = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (64, 3, 32, 32), generator=drawn, dtype=torch.uint8)
+    images = (images * torch.rand(64, 3, 1, 1, generator=drawn)).to(torch.uint8)
+    ours = load_inception(file, WIDTHS)
+    fidelity = FeatureExtractorInceptionV3("f", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file))
+    for batch in images.split(16):
+        features, (pool, logits) = ours(batch), fidelity(batch)
+        assert relative_difference(features[POOL], theirs(batch.float() / 255)[0].flatten(1)) < 1e-5
+        assert relative_difference(features["adm_pool3"], pool) < 1e-5
+        assert relative_difference(features["adm_logits"], logits) < 1e-5
 
 
 @pytest.mark.slow
 def test_torchvisions_own_blocks_would_differ(ours: Inception, weights: StateDict, images: torch.Tensor) -> None:
     network = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
     network.load_state_dict(weights)
-    network.fc = torch.nn.Identity()
-    assert relative_difference(Inception(network.eval()).features(images[:1]), ours.features(images[:1])) > 1e-3
+    assert relative_difference(Inception(network.eval())(images[:1])[POOL], ours(images[:1])[POOL]) > 1e-3
 
 
 @pytest.mark.slow
 def test_frozen_and_fp32_under_autocast(ours: Inception, images: torch.Tensor) -> None:
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = ours.features(images[:1])
-    assert torch.equal(features, ours.features(images[:1]))
+        features = ours(images[:1])[POOL]
+    assert torch.equal(features, ours(images[:1])[POOL])
     assert not features.requires_grad
     assert not ours.training
     assert not any(parameter.requires_grad for parameter in ours.parameters())
@@ -117,7 +158,7 @@ def test_nothing_is_downloaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_floats_are_refused(ours: Inception) -> None:
     with pytest.raises(TypeError, match=r"images of torch\.float32: must be uint8"):
-        ours.features(torch.zeros(1, 3, 8, 8))
+        ours(torch.zeros(1, 3, 8, 8))
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ LAYERS = {
     0: [
         "errors",
         "faults",
+        "stopping",
         "config",
         "config_data",
+        "config_evaluate",
         "config_rules",
         "config_yaml",
         "config_cluster",
@@ -21,6 +23,7 @@ LAYERS = {
         "forecast",
         "ema",
         "fid",
+        "scores",
         "guard",
         "diffusion",
         "data.latents",
@@ -34,6 +37,8 @@ LAYERS = {
         "data.batch",
         "data.shards",
         "work",
+        "spool",
+        "score_log",
         "dist",
         "storage",
         "safetensors_stream",
@@ -62,7 +67,7 @@ LAYERS = {
         "sampler",
         "pretrained",
     ],
-    4: ["train", "evaluate"],
+    4: ["train", "evaluate", "evaluation"],
     5: [
         "submit",
         "snapshot",
@@ -97,9 +102,10 @@ OWNERS = {
     "botocore": {"storage.remote"},
     "submitit": {"submit"},
     "diffusers": {"models.autoencoder"},
-    "open_clip": {"models.text"},
+    "open_clip": {"models.text", "models.clip"},
     "pytorch_fid": {"models.inception"},
     "wandb": {"metrics"},
+    "matplotlib": {"evaluation.sweep"},
 }
 
 

@@ -1,6 +1,7 @@
 """The published systems: every configuration builds exactly what golden/presets.json records of the official code."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -115,10 +116,15 @@ def test_every_hyper_parameter_is_the_published_one(name):
     assert ours.sample.solver == algorithm
     assert ours.sample.steps == sample["sample_steps"]
     assert ours.sample.cfg_scale == (sample["scale"] if sample.get("cfg") else 0.0)
+    assert ours.sample.precision == "bf16_autocast"
     assert ours.evaluate.samples == sample["n_samples"]
     assert ours.evaluate.sub_batch_size == sample["mini_batch_size"]
     assert ours.evaluate.labels == ("frequency" if dataset["name"] == "imagenet" else "uniform")
     assert (ours.evaluate.features, ours.evaluate.weights) == ("inception", "ema")
+    assert ours.evaluate.samples == (30_000 if text else 50_000)
+    assert ours.evaluate.captions == ("data/coco256_val/index.json" if text else None)
+    rounds = ours.evaluate.samples / ours.evaluate.chunk_size / ours.world_size
+    assert rounds / math.ceil(rounds) > 0.96, "the last round of chunks keeps nearly all workers busy"
     assert (ours.launch.target, ours.zero.stage) == ("slurm", 1)
 
 

@@ -161,26 +161,6 @@ def test_an_evaluation_is_redone_for_what_changes_an_image_and_for_nothing_else(
     assert directory() not in found
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", np.lib.format.MAGIC_PREFIX, None])
-def test_a_damaged_reference_is_explained(tmp_path, content):
-    path = tmp_path / "reference.npz"
-    if content is None:
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    else:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=r"evaluate\.reference .*reference\.npz: not a reference"):
-        evaluate.read_reference(tiny_config(tmp_path, tmp_path / "run"))
-
-
-def test_official_statistics_that_are_missing_are_named_as_such(tmp_path):
-    path = tmp_path / "fid_stats_imagenet256_guided_diffusion.npz"
-    config = tiny_config(tmp_path, tmp_path / "run")
-    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"reference": str(path)})})
-    with pytest.raises(MissingInputError, match="the published FIDs are against the official files, in the folder"):
-        evaluate.read_reference(config)
-
-
 def test_provenance_that_is_none_is_no_traceback():
     with pytest.raises(DataError, match="version None of the shard format"):
         Provenance.from_dict(None, "index.json")  # type: ignore[arg-type]

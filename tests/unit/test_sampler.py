@@ -181,7 +181,7 @@ def test_beyond_their_number_captions_come_with_others_of_the_same_samples(tmp_p
     made = Provenance("moments", "float16", (8, 2, 2), "test", 16, "coco", False, 0, 40, text=TextProvenance(
         "t" * 64, "float16", (2, 3), ""), autoencoder="a", encoder_fingerprint="f", scale_factor=1.0)  # fmt: skip
     samples = [
-        Sample(f"{i:03d}", -1, np.zeros((8, 2, 2), np.float16), ["a", "b", "c"],
+        Sample(f"{i:03d}", -1, np.zeros((8, 2, 2), np.float16), [f"{10 * i + k}" for k in range(3)],
                np.stack([np.full((2, 3), 10 * i + k, np.float16) for k in range(3)]))
         for i in range(40)
     ]  # fmt: skip
@@ -195,6 +195,7 @@ def test_beyond_their_number_captions_come_with_others_of_the_same_samples(tmp_p
     assert sorted((first // 10).tolist()) == list(range(40))
     assert 5 < (first != second).sum() < 40
     assert torch.equal(conditions.of(torch.tensor([77, 3]))["context"][:, 0, 0].long(), values[[77, 3]])
+    assert conditions.texts(torch.arange(80)) == [str(value) for value in values.tolist()], "these very captions"
 
 
 def test_an_override_cannot_make_a_network_another(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Files by path and by URL: whole or not there, exact ranges, errors that say what to do."""
 
 import hashlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,3 +159,27 @@ def test_an_upload_that_never_comes_through_whole_ends(tmp_path, monkeypatch):
     finally:
         storage.configure(StorageConfig())
     assert server.tries > 1
+
+
+def test_a_file_that_goes_while_a_directory_is_listed_hides_no_other(tmp_path):
+    """Leases come and go under the listings of other workers; an empty listing would have all work done again."""
+    for number in range(50):
+        (tmp_path / f"stays-{number}").write_bytes(b"x")
+    end = threading.Event()
+
+    def come_and_go():
+        while not end.is_set():
+            for number in range(20):
+                (tmp_path / f"lease-{number}").write_bytes(b"")
+            for number in range(20):
+                (tmp_path / f"lease-{number}").unlink()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(500):
+            listed = storage.sizes_in(str(tmp_path))
+            assert len([name for name in listed if name.startswith("stays-")]) == 50
+    finally:
+        end.set()
+        thread.join()

@@ -4,10 +4,12 @@ import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from uvit_dist import storage, work
-from uvit_dist.work import Leases, holders, newest_leases
+from uvit_dist.errors import DataError
+from uvit_dist.work import Leases, SharedWork, holders, newest_leases
 
 LEASE_S = 600.0
 """Longer than any test: signs of life are given here by hand."""
@@ -145,3 +147,76 @@ def test_a_lease_that_cannot_be_read_is_waited_for(workers, directory, clock):
     assert not other.claim("unit-1", names(directory))
     clock.now += 1.01 * LEASE_S
     assert other.claim("unit-1", names(directory))
+
+
+@pytest.fixture
+def shared(directory):
+    """Makes workers on one set of units, each as if on a machine of its own."""
+    made = []
+
+    def make(units=("a", "b", "c"), beside=()):
+        worker = SharedWork(directory, units, LEASE_S, beside)
+        worker._leases.us = {**worker._leases.us, "machine": f"machine {len(made)}"}
+        worker._poll_s = 0.01
+        made.append(worker)
+        return worker
+
+    yield make
+    for worker in made:
+        worker.close()
+
+
+def result(number):
+    return {"n": np.array(number)}
+
+
+def test_units_are_dealt_to_whoever_is_free_each_once(shared):
+    workers, done = [shared([f"unit-{n}" for n in range(20)]) for _ in range(4)], []
+
+    def work(worker):
+        while (unit := worker.claim()) is not None:
+            worker.put(unit, result(int(unit.split("-")[1])))
+            done.append(unit)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, workers))
+    assert sorted(done) == sorted(workers[0].units), "each once"
+    assert workers[0].missing() == []
+    assert [int(found["n"]) for found in workers[0].results()] == list(range(20)), "in order of the units"
+    assert newest_leases(names(workers[0].directory)) == {}
+
+
+def test_a_unit_is_done_when_all_its_files_are_there(shared):
+    worker = shared(["a"], [".tar"])
+    assert worker.claim() == "a"
+    worker.put("a", result(1))
+    assert worker.claim() == "a", "without its shard it is done again"
+    storage.write_bytes(worker.path("a", ".tar"), b"")
+    worker.put("a", result(1))
+    assert worker.claim() is None
+
+
+def test_what_is_made_of_all_is_made_once_and_by_another_if_its_maker_fails(shared):
+    made, workers = [], [shared() for _ in range(6)]
+    path = workers[0].path("whole", ".txt")
+
+    def found():
+        return storage.read_bytes(path).decode() if storage.exists(path) else None
+
+    def make():
+        made.append(1)
+        if len(made) == 1:
+            raise DataError("the first one fails")
+        storage.write_bytes(path, b"made")
+        return "made"
+
+    def ask(worker):
+        try:
+            return worker.once("whole", found, make)
+        except DataError:
+            return "failed"
+
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(ask, workers))
+    assert sorted(got) == ["failed", *["made"] * 5]
+    assert len(made) == 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import os
 import random
+import tarfile
 import threading
 import time
 from collections.abc import Sequence
@@ -255,8 +258,38 @@ class SampleReader:
 
     def _draw_captions(self, shard: int, first: int, count: int, epoch: int) -> NDArray[Any]:
         """CONTEXT_ROW of the caption drawn for each of a run of samples, (count,)."""
+        starts, drawn = self._drawn(shard, first, count, epoch)
+        return self._context_rows(shard)[starts + drawn]
+
+    def _drawn(self, shard: int, first: int, count: int, epoch: int) -> tuple[Ids, Ids]:
+        """For each of a run of samples, (count,): the number of its first caption in the shard, and which is drawn."""
         captions = self._rows(shard)["captions"].astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(captions)])[first : first + count]
         ids = torch.arange(count) + int(self.index.starts[shard]) + first
         words = keyed_bits(self._seed, self._purpose, epoch, ids, 1)[:, 0].numpy()
-        return self._context_rows(shard)[starts + ((words * captions[first : first + count]) >> 32)]
+        return starts, (words * captions[first : first + count]) >> 32
+
+    def texts(self, ids: Ids, epoch: int = 0) -> list[str]:
+        """The captions whose contexts ``read_ids`` gives of samples. ids: (b,). Raises ``DataError`` on any damage."""
+        shards = self.index.shard_of(ids)
+        return [
+            self._text(int(shard), int(number - self.index.starts[shard]), epoch)
+            for shard, number in zip(shards, ids, strict=True)
+        ]
+
+    def _text(self, shard: int, place: int, epoch: int) -> str:
+        rows, made, path = self._rows(shard), self.index.provenance, self.index.shard_path(shard)
+        (first,), (drawn,) = self._drawn(shard, place, 1, epoch)
+        begin = 0  # KEY.json lies between the sample before and the first context
+        if place:
+            size = int(np.prod(made.shape)) * np.dtype(made.dtype).itemsize
+            begin = -(-(int(rows["offset"][place - 1]) + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        content = storage.read_range(path, begin, int(self._context_rows(shard)["offset"][first]) - begin)
+        try:
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+                told = tar.extractfile(next(member for member in tar if member.name.endswith(".json")))
+                return str(json.load(told)["captions"][drawn])  # type: ignore[arg-type]
+        except (tarfile.TarError, StopIteration, ValueError, KeyError, IndexError) as error:
+            raise DataError(
+                f"{path}: the captions at byte {begin} cannot be read ({error}). Make or copy this shard again."
+            ) from None

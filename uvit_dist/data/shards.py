@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from PIL import Image
 
 from uvit_dist import storage
 from uvit_dist.data.latents import Provenance, Sample, encode_array
@@ -109,6 +110,19 @@ def write_shard(
     told = {**dataclasses.asdict(record), **told, **sidecar()}
     storage.write_bytes(storage.join(directory, f"{name}.json"), json.dumps(told, indent=1).encode())
     return record
+
+
+def write_image_shard(path: str, ids: Iterable[int], images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    """Generated images as a webdataset shard, atomically: ID.png and ID.cls of each. Raises ``OutputError``.
+
+    ids: of each image; images: (N, 3, H, W) uint8; labels: (N,), -1 for none. The bytes depend on these alone.
+    """
+    with storage.atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for number, image, label in zip(ids, images, labels, strict=True):
+            picture = io.BytesIO()
+            Image.fromarray(image.transpose(1, 2, 0)).save(picture, "PNG")
+            _add_member(tar, f"{number:08d}.cls", str(label).encode())
+            _add_member(tar, f"{number:08d}.png", picture.getvalue())
 
 
 def _xxh3(array: NDArray[Any]) -> int:

@@ -161,14 +161,14 @@ def load_text_tower(name: str, path: str | Path, tokenizer: str | Path | None = 
     return TextEncoder(tower, tokens_of, length, int(tower.vocab_size), decided).eval().requires_grad_(False)
 
 
-def tower_config(name: str) -> dict[str, Any]:
-    """What open_clip has of the model ``name``. Raises ``ConfigError``."""
+def tower_config(name: str, key: str = "text.tower") -> dict[str, Any]:
+    """What open_clip has of the model ``name``. key: of the configuration, for the error. Raises ``ConfigError``."""
     config: dict[str, Any] | None = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
         known = {known.lower(): known for known in open_clip.list_models()}
         near = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() has them all"
-        raise ConfigError(f"text.tower {name!r}: open_clip {open_clip.__version__} knows no such model; {hint}")
+        raise ConfigError(f"{key} {name!r}: open_clip {open_clip.__version__} knows no such model; {hint}")
     return config
 
 

@@ -1,0 +1,1 @@
+"""Scores of generated images from features: pure functions of arrays."""
