@@ -5,9 +5,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _asked = threading.Event()
+_on_check: Callable[[], None] = lambda: None  # noqa: E731 - a default
+
+
+def tell(on_check: Callable[[], None]) -> None:
+    """Have something called at every ``check``: whoever comes by there is not stuck."""
+    global _on_check
+    _on_check = on_check
 
 
 @contextlib.contextmanager
@@ -33,5 +40,6 @@ def gently() -> Iterator[None]:
 
 def check() -> None:
     """Raises ``KeyboardInterrupt`` where the job was asked to stop."""
+    _on_check()
     if _asked.is_set():
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from uvit_dist import storage, watchdog
+from uvit_dist import stopping, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE, OutputError, UserError, explained_exit
@@ -74,6 +74,7 @@ def _stopping(job: str) -> tuple[StopFlag | None, Callable[[], None]]:
     if job == "train":
         flag = StopFlag()
         return flag, flag.raise_now
+    stopping.tell(lambda: watchdog.progress("working"))
     # The other jobs stop at SIGTERM, each in its way.
     signal.signal(signal.SIGUSR2, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     return None, lambda: os.kill(os.getpid(), signal.SIGTERM)
