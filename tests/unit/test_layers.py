@@ -57,6 +57,7 @@ LAYERS = {
         "watchdog",
         "preflight",
         "lease",
+        "run_state",
         "loss",
         "validation",
         "sampler",
