@@ -24,7 +24,7 @@ from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import MissingInputError, UserError
 
-METRICS, MANIFEST = "metrics.jsonl", "manifest.json"
+METRICS, MANIFEST, PREFLIGHT = "metrics.jsonl", "manifest.json", "preflight.json"
 RUNNING, WAITING = ("starting", "running", "restarting"), ("queued", "requeued")
 """States of a job that goes on: in an allocation, and in the queue. The others: finished; "not running"."""
 Json = dict[str, Any]
@@ -67,6 +67,7 @@ def run_state(run_dir: str | Path, now: float | None = None) -> Json:
         "last_sign": _last_sign(directory),
         "training": progress,
         "jobs": jobs,
+        "preflight": preflight(directory / "launch" / "train"),
         "evaluations": _json_lines(directory / "evaluation" / "scores.jsonl"),
         "shards": None if config is None or config.data.index is None else os.path.dirname(config.data.index),
     }
@@ -212,6 +213,18 @@ def _goodput(lines: Sequence[Json], training: Json | None, state: str, now: floa
         end = lines[-1]["time"]
     elapsed = max(end - started, 1e-9)
     return {"useful_s": useful, "elapsed_s": elapsed, "goodput": min(1.0, useful / elapsed)}
+
+
+def preflight(directory: str | Path) -> Json | None:
+    """What the newest pre-flight step of a job's directory found (``rank_check``), or none.
+
+    "failing" and "slow": host → why.
+    """
+    try:
+        report: Json = json.loads(Path(directory, PREFLIGHT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return report
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

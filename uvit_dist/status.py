@@ -86,7 +86,8 @@ def _job(job: Mapping[str, Any]) -> list[str]:
 
 def _attempt(one: Mapping[str, Any]) -> str:
     origin = "the beginning" if one["from_step"] is None else f"step {one['from_step']}"
-    text = f"    {one['attempt']:>2}  {_date(one['began'])}  job {one['job_id']} on {_hosts(one['hosts'])}, from {origin}: "
+    text = f"    {one['attempt']:>2}  {_date(one['began'])}  job {one['job_id']} on {_hosts(one['hosts'])}"
+    text += f", from {origin}: "
     if one["ended"] is None:
         return text + ("starting" if one["running"] is None else "running")
     reached = "" if one["last_step"] is None else f" at step {one['last_step']}"

@@ -110,7 +110,6 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if job == "preflight":
         from uvit_dist.rank_check import check_ranks
 
-        dist.start(ranks, config.launch.timeout_s)
         check_ranks(config, ranks)
         return 0
     if job == "evaluate":

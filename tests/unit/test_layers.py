@@ -58,6 +58,7 @@ LAYERS = {
         "preflight",
         "lease",
         "run_state",
+        "rank_check",
         "loss",
         "validation",
         "sampler",
