@@ -2,6 +2,7 @@
 # make check  style, types, layers                make test   every test that can run on this machine
 # make unit   the tests that take seconds         make clean  remove what the demo wrote
 # make test-s3  the tests against a real S3 server, which they start
+# make test-slurm  the tests against a real four-node SLURM, which they start
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
 # make bench-checkpoint  how long training stands still for a checkpoint
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-checkpoint bench-shuffle
+.PHONY: env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-shuffle
 
 env: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ test: check
 
 test-s3: env
 	$(RUN) -m pytest -m s3
+
+test-slurm: env
+	$(RUN) -m pytest -m slurm
 
 soak: env
 	UVIT_DIST_SOAK=50 $(RUN) -m pytest tests/integration/test_precompute.py -k killed_at_random
