@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data_tools.images import load_images, source_fingerprint
 from data_tools.shard_job import open_images, this_device
 from data_tools.sources import open_source
-from uvit_dist import storage
+from uvit_dist import storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import explained_exit
@@ -49,6 +49,7 @@ def make_reference(config: Config, bad: Collection[str] = (), scanned: bool = Fa
         images = load_images(source, ((int(number), False) for number in half), max(1, config.data.read_threads))
         kept: list[torch.Tensor] = []
         for first in tqdm(range(0, len(half), BATCH), unit="batch", disable=None):
+            watchdog.progress(watchdog.WORKING)
             pixels = np.stack(list(islice(images, BATCH)))
             batch = extract(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)).cpu()
             moments = moments or FeatureMoments(batch.shape[1])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from uvit_dist import dist, storage
+from uvit_dist import dist, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.data.latents import check_same_text_encoder
 from uvit_dist.data.shards import ShardIndex, read_index
@@ -82,8 +82,10 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
         return work.missing()
 
     mine = dist.on_main(ranks, prepare)[ranks.rank :: ranks.world_size]
-    for unit in tqdm(mine, unit="chunk", disable=None if ranks.is_main else True):
+    for number, unit in enumerate(tqdm(mine, unit="chunk", disable=None if ranks.is_main else True)):
         work.put(unit, do_unit(unit, config, sampler, conditions, extractor, ranks.device))
+        watchdog.progress(watchdog.WORKING, number + 1)
+    watchdog.progress(watchdog.PREPARING)  # others may have a unit to do yet, and scoring takes its time
     dist.barrier()
 
     def finish() -> dict[str, Any]:

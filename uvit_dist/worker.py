@@ -91,7 +91,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if job == "precompute":  # its workers share the work by leases: no process group
         from data_tools import shard_job
 
-        watchdog.progress("working")
+        watchdog.progress(watchdog.WORKING)
         try:
             shard_job.run(config)
         except KeyboardInterrupt:
@@ -100,7 +100,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if job == "reference":
         from data_tools.fid_reference import write_reference
 
-        watchdog.progress("working")
+        watchdog.progress(watchdog.WORKING)
         log.info("%s", write_reference(config))
         return 0
     if config.train.deterministic:
@@ -116,7 +116,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
         from uvit_dist.evaluate import evaluate
 
         dist.start(ranks, EVALUATION_TIMEOUT_S)
-        watchdog.progress("working")
+        watchdog.progress(watchdog.WORKING)
         log.info("scores: %s", json.dumps(evaluate(config, ranks)))
         return 0
     from uvit_dist.train import train
