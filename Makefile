@@ -5,6 +5,7 @@
 # make test-slurm  the tests against a real four-node SLURM, which they start
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
+# make bench-slurm  seconds lost to each kind of fault, on the rehearsal cluster
 # make bench-checkpoint  how long training stands still for a checkpoint
 # make soak  for hours: more seeds of the tests that kill at random
 # make bench-shuffle  how well ImageNet's shards are shuffled
@@ -13,7 +14,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-shuffle
+.PHONY: env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-shuffle \
+  bench-slurm
 
 env: $(VENV)/.installed
 
@@ -54,6 +56,9 @@ bench-precompute: env
 
 bench-checkpoint: env
 	$(RUN) -m benchmarks.checkpoint
+
+bench-slurm: env
+	$(RUN) -m benchmarks.slurm_faults
 
 bench-shuffle: env
 	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json

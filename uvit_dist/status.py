@@ -39,6 +39,8 @@ def describe(state: Mapping[str, Any]) -> str:
         lines.append(
             f"  goodput {training['goodput']:.1%}: {useful} of useful steps in {elapsed} since the first start"
         )
+    if state["preflight"] is not None:
+        lines.append("  " + _preflight(state["preflight"]))
     for job in state["jobs"]:
         lines += _job(job)
     for scores in state["evaluations"][-3:]:
@@ -95,11 +97,20 @@ def _attempt(one: Mapping[str, Any]) -> str:
 
 
 def _why(end: Mapping[str, Any]) -> str:
-    return end["cause"] if end["reason"] == end["cause"] else f"{end['cause']}: {end['reason']}"
+    cause, reason = end["cause"], end["reason"]
+    return reason if reason.startswith(cause) else f"{cause}: {reason}"
 
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _preflight(report: Mapping[str, Any]) -> str:
+    text = f"pre-flight {'passed' if report['passed'] else 'failed'} on {_date(report['time'])}"
+    told = [f"{name}: {why}" for kind in ("failing", "slow") for name, why in report.get(kind, {}).items()]
+    if report["passed"]:
+        text += f", all-reduce {report['all_reduce_gbytes_per_s']:.2f} GB/s"
+    return "; ".join([text, *told])
 
 
 def _hosts(names: Sequence[str]) -> str:

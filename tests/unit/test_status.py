@@ -142,6 +142,19 @@ def test_attempts_tell_where_and_why(tmp_path):
         assert words in text
 
 
+def test_the_pre_flight_step_is_told(tmp_path):
+    Life(tmp_path).add(1, "submitted")
+    path = tmp_path / "launch" / "train" / "preflight.json"
+    passed = {"time": 5, "passed": True, "failing": {}, "slow": {"n3": "its network at 20%"}}
+    path.write_text(json.dumps({**passed, "all_reduce_gbytes_per_s": 3.25}))
+    assert "all-reduce 3.25 GB/s; n3: its network at 20%" in describe(run_state(tmp_path))
+    path.write_text(json.dumps({"time": 5, "passed": False, "failing": {"n1": "did not join"}}))
+    state = run_state(tmp_path)
+    assert state["preflight"]["failing"] == {"n1": "did not join"}
+    assert "pre-flight failed" in describe(state)
+    assert "n1: did not join" in describe(state)
+
+
 def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
     save(tmp_path, 5)
     save(tmp_path, 10, written=3)
