@@ -175,9 +175,9 @@ def test_a_chain_over_time_limits_runs_the_code_of_its_submission(cluster, launc
     checkout = tmp_path / "checkout"
     for package in ("uvit_dist", "data_tools"):
         shutil.copytree(ROOT / package, checkout / package)
-    run_dir, steps = checkout / "runs" / "chain", 60
+    run_dir, steps = checkout / "runs" / "chain", 100
     arguments = ["run_dir=runs/chain", f"train.steps={steps}", "checkpoint.every=1000"]
-    fault = ";".join(f"sleep4@all,progress:training#*/{attempt}" for attempt in (1, 2, 3))
+    fault = ";".join(f"sleep2@all,progress:training#*/{attempt}" for attempt in (1, 2, 3))
     limits = "time_limit_min: 1\nsignal_lead_s: 10"
     follower = launch("--follow", *arguments, cwd=checkout, fault=fault, profile_text=limits)
     wait_for(lambda: steps_made(run_dir) >= 2, "no steps")
