@@ -72,7 +72,7 @@ class SlurmJob:
         )  # fmt: skip
         assert done.returncode == expected, done.stdout + done.stderr
         if expected == 0:
-            self.job_id = self.of("submitted")[-1]["job_id"]
+            self.job_id = [event for event in self.of("submitted") if not event.get("guard_of")][-1]["job_id"]
         return self
 
     def wait_for(self, condition: Any, what: str, limit_s: float = LIMIT_S) -> None:
