@@ -2,10 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 
+from tests.integration.s3_fixtures import credentials, proxy, s3_server, upload  # noqa: F401 - fixtures
 from tests.slurm_jobs import EVERY, SLOW, STEPS, SlurmJob, assert_as_if_undisturbed
+from tests.tiny import losses, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -157,6 +160,23 @@ def test_8_kill_9_of_everything_during_a_save(start, whole, cluster):
     assert job.causes == ["supervisor_died", "done"]
     assert job.of("attempt")[1]["from_step"] == EVERY
     assert job.of("attempt")[1]["job_id"] != job.job_id
+
+
+def test_9_the_s3_server_is_away_for_a_minute(start, whole, data_dir, s3_server, proxy, credentials):  # noqa: F811
+    """The read that it meets is tried again until it is back: no attempt is lost."""
+    url = upload(s3_server, data_dir, "slurm")
+    keys = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
+    patience = ("storage.retry_s=100", "launch.hang_s=120", "launch.timeout_s=150")
+    job = start(f"data.index={url}/index.json", f"storage.endpoint={proxy.endpoint}", *patience, environment=keys)
+    job.wait_for_step(8)
+    proxy.down = True
+    time.sleep(60)
+    assert max(losses(job.run_dir)) < STEPS, "it had to wait"
+    proxy.down = False
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["done"]
+    assert sum(record["data_retries"] for record in records(job.run_dir, "metrics.jsonl").values()) > 0
+    assert_same_job(job, 0)
 
 
 def test_10_the_supervisor_is_killed(start, whole):
