@@ -29,7 +29,7 @@ GONE = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"
 """States of jobs that will not run any more. PREEMPTED may still be requeued."""
 USABLE = ("idle", "alloc", "mix", "comp", "resv", "plnd")
 """States of nodes that can be given to a job, now or later."""
-PROBE_S = 8.0
+PROBE_S = 12.0
 """Seconds that a host has to start a process."""
 _GROUP = re.compile(r"[^,\[\]]*(?:\[[^\]]*\][^,\[\]]*)*")
 
@@ -227,7 +227,7 @@ def signal_step(step: str, name: str) -> bool:
 
 def probe(host: str) -> bool:
     """Whether a host of this allocation starts a process within seconds."""
-    options = ["--overlap", "--no-kill", "--immediate=3", "--mem=0", "--input=none", "--cpus-per-task=1"]
+    options = ["--overlap", "--no-kill", "--immediate=8", "--mem=0", "--input=none", "--cpus-per-task=1"]
     command = ["srun", *options, f"--nodelist={host}", "--nodes=1", "--ntasks=1", "--job-name=probe", "true"]
     try:
         _call(["timeout", "-k1", f"{PROBE_S - 2:g}", *command], PROBE_S)
@@ -236,11 +236,19 @@ def probe(host: str) -> bool:
     return True
 
 
-def silent_hosts(names: Sequence[str]) -> list[str]:
-    """Those hosts of this allocation that do not start a process, asked twice, all at once."""
-    for _ in range(2):
-        with ThreadPoolExecutor(max(1, min(32, len(names)))) as pool:
-            names = [name for name, answers in zip(names, pool.map(probe, names), strict=True) if not answers]
-        if not names:
-            break
-    return list(names)
+def lost_hosts(job_id: str, names: Sequence[str], own: str) -> list[str]:
+    """Those hosts of this allocation that do not start a process, asked twice, while the controller answers.
+
+    own: the host of this process; where even that starts none, the question tells nothing, and none is called lost.
+    Raises ``UnavailableError`` where the controller does not answer.
+    """
+    lost = _silent_hosts(names)
+    if lost:
+        job_state(job_id)
+        lost = _silent_hosts(lost)
+    return [] if own in lost else lost
+
+
+def _silent_hosts(names: Sequence[str]) -> list[str]:
+    with ThreadPoolExecutor(max(1, min(32, len(names)))) as pool:
+        return [name for name, answers in zip(names, pool.map(probe, names), strict=True) if not answers]

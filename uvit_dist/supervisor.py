@@ -185,14 +185,7 @@ class Supervisor:
             os._exit(OutputError.exit_code)
 
     def _lost_hosts(self) -> list[str]:
-        """The hosts that do not start a process, while the controller answers."""
-        if lost := slurm.silent_hosts(self.hosts):
-            slurm.job_state(self.succession.job)
-            lost = slurm.silent_hosts(lost)
-        if host_name() in lost:  # where this very process runs: the probe tells nothing
-            log.warning("no process can be started on %s by srun: the nodes are taken for sound", ", ".join(lost))
-            return []
-        return lost
+        return slurm.lost_hosts(self.succession.job, self.hosts, host_name())
 
     # -- the record ------------------------------------------------------------------------------------------------
 
