@@ -178,27 +178,38 @@ def newest_whole_checkpoint(run_dir: str | Path) -> Json | None:
     return None
 
 
-def counted(lines: Sequence[Json]) -> list[Json]:
-    """The lines of metrics.jsonl that count: without those that a restart went back behind."""
-    kept: list[Json] = []
-    for line in lines:
-        while kept and kept[-1]["step"] >= line["step"]:
+def counted(lines: Sequence[Json], begun: Sequence[Json] = ()) -> list[Json]:
+    """The lines of metrics.jsonl that count: without those that a restart went back behind.
+
+    begun: attempts, with "began" and "from_step", oldest first.
+    """
+    kept, waiting = list[Json](), list(begun)
+
+    def go_back(step: int) -> None:
+        while kept and kept[-1]["step"] > step:
             kept.pop()
+
+    for line in lines:
+        while waiting and waiting[0]["began"] <= line["time"]:
+            go_back(waiting.pop(0)["from_step"] or 0)
+        go_back(line["step"] - 1)
         kept.append(line)
+    for attempt in waiting:
+        go_back(attempt["from_step"] or 0)
     return kept
 
 
-def useful_seconds(lines: Sequence[Json]) -> float:
+def useful_seconds(lines: Sequence[Json], begun: Sequence[Json] = ()) -> float:
     """Seconds of the steps that count."""
     before, seconds = 0, 0.0
-    for line in counted(lines):
+    for line in counted(lines, begun):
         seconds += (line["step"] - before) * (line["samples_seen"] / line["step"]) / line["images_per_s"]
         before = line["step"]
     return seconds
 
 
 def _goodput(lines: Sequence[Json], training: Json | None, state: str, now: float) -> Json:
-    useful, started = useful_seconds(lines), None
+    useful, started = useful_seconds(lines, [] if training is None else training["attempts"]), None
     if training is not None:
         started = training["started"]
     if lines:

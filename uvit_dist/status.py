@@ -93,12 +93,12 @@ def _attempt(one: Mapping[str, Any]) -> str:
     if one["ended"] is None:
         return text + ("starting" if one["running"] is None else "running")
     reached = "" if one["last_step"] is None else f" at step {one['last_step']}"
-    return text + f"{_why(one)}{reached}, after {_time(one['ended'] - one['began'])}"
+    text += f"{one['cause']}{reached}, after {_time(one['ended'] - one['began'])}"
+    return text if one["reason"] == one["cause"] else f"{text}: {one['reason']}"
 
 
 def _why(end: Mapping[str, Any]) -> str:
-    cause, reason = end["cause"], end["reason"]
-    return reason if reason.startswith(cause) else f"{cause}: {reason}"
+    return end["cause"] if end["reason"] == end["cause"] else f"{end['cause']}: {end['reason']}"
 
 
 def _date(seconds: float) -> str:

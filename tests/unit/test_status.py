@@ -72,6 +72,7 @@ def test_goodput_is_useful_time_over_all_since_the_first_start(tmp_path):
     life.attempt(955, from_step=4)
     state = run_state(tmp_path, now=960)
     assert (state["state"], state["training"]["step"]) == ("starting", 4), "of an older attempt is not done yet"
+    assert state["training"]["useful_s"] == pytest.approx(4), "step 6 is lost, and not done again yet"
     assert state["training"]["images_per_s"] is None
     life.add(965, "running", step=4)
     write_metrics(tmp_path, line(2, when=912), line(4, when=914), line(6, when=916), line(6, when=970))
@@ -137,7 +138,7 @@ def test_attempts_tell_where_and_why(tmp_path):
     assert [fault["reason"] for fault in job["other_faults"]] == ["n1 does not answer"]
     assert (job["restarts"], job["requeues"], job["failures_without_progress"]) == (1, 1, 0)
     text = describe(run_state(tmp_path, now=20))
-    told = ["node_lost: n1 does not answer", "hang: rank 1 stood still at step 8, after 4 s", "from step 5: starting"]
+    told = ["node_lost: n1 does not answer", "hang at step 8, after 4 s: rank 1 stood still", "from step 5: starting"]
     for words in [*told, "1 restart, 1 requeue"]:
         assert words in text
 
