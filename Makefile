@@ -2,8 +2,10 @@
 # make check  style, types, layers                make test   every test that can run on this machine
 # make unit   the tests that take seconds         make clean  remove what the demo wrote
 # make test-s3  the tests against a real S3 server, which they start
+# make test-slurm  the tests against a real four-node SLURM, which they start
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
+# make bench-slurm  seconds lost to each kind of fault, on the rehearsal cluster
 # make bench-checkpoint  how long training stands still for a checkpoint
 # make soak  for hours: more seeds of the tests that kill at random
 # make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
@@ -14,7 +16,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle
+.PHONY: env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
+  bench-slurm
 
 env: $(VENV)/.installed
 
@@ -40,6 +43,9 @@ test: check
 test-s3: env
 	$(RUN) -m pytest -m s3
 
+test-slurm: env
+	$(RUN) -m pytest -m slurm
+
 soak: env
 	UVIT_DIST_SOAK=50 $(RUN) -m pytest tests/integration/test_precompute.py -k killed_at_random
 	UVIT_DIST_SOAK=100 $(RUN) -m pytest tests/integration/test_checkpoints.py -k killed
@@ -58,6 +64,9 @@ bench-step: env
 
 bench-gpu: env
 	$(RUN) -m benchmarks.gpu --out benchmarks/results/gpu.json $(if $(OFFICIAL),--official "$(OFFICIAL)")
+
+bench-slurm: env
+	$(RUN) -m benchmarks.slurm_faults
 
 bench-shuffle: env
 	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit_dist import storage
+from uvit_dist import storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.data.latents import MIRROR_SUFFIX, Provenance
 from uvit_dist.data.shards import (
@@ -137,6 +137,7 @@ class ShardJob:
         self.leases = Leases(self.work, config.precompute.lease_s)
         self._start = int(self.leases.us["token"], 16) % max(1, len(self.units))
         self._own_bad: dict[str, dict[str, str]] = {}
+        self._done = 0
         self._lease_s, self._tried = config.precompute.lease_s, set[str]()
         told = {"index": data.index, "images": len(keys), "units": len(self.units), "per_unit": data.samples_per_shard,
                 "lease_s": config.precompute.lease_s, **self.made_with, "source": provenance.source}  # fmt: skip
@@ -171,6 +172,8 @@ class ShardJob:
     def finish(self, unit: Unit, bad: dict[str, str], facts: dict[str, Any]) -> None:
         """Mark a unit as done; its shards are written. bad: key → why; facts: of the worker's time, for the status."""
         self._mark(unit, bad, facts)
+        self._done += 1
+        watchdog.progress(watchdog.WORKING, self._done)
 
     def _mark(self, unit: Unit, bad: dict[str, str], facts: dict[str, Any]) -> None:
         told = {"images": len(unit.images), "bad": bad, "host": self.leases.us["host"], **facts}
@@ -213,6 +216,7 @@ class ShardJob:
 
         Raises ``DataError`` where more images are bad than the configuration allows.
         """
+        watchdog.progress(watchdog.WORKING)
         self.leases.note(unit.name, images=images, bad=len(bad), images_per_s=round(images_per_s, 2))
         if bad and self._own_bad.get(unit.name) != bad:
             self._own_bad[unit.name] = dict(bad)

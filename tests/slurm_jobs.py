@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.rehearsal.cluster import Cluster
+from tests.status_truth import assert_status_tells
 from tests.tiny import DEMO, ROOT, losses, overrides, same_tensors, saved_state, traces
 from uvit_dist import attempts
 
@@ -39,7 +41,7 @@ class SlurmJob:
         self.profile = run_dir.with_name(f"{run_dir.name}-cluster.yaml")
         variables = {"DS_ACCELERATOR": "cpu", "UVIT_FAULT": fault, **(environment or {})}
         keys = {"partition": "low", "time_limit_min": 9, "gpus_per_node": 0, **(profile or {})}
-        lines = [f"{key}: {value}" for key, value in keys.items()]
+        lines = [f"{key}: {json.dumps(value)}" for key, value in keys.items()]
         lines += ["environment:", *(f'  {name}: "{value}"' for name, value in variables.items())]
         self.profile.write_text("\n".join(lines) + "\n")
         self.changes = [
@@ -72,7 +74,7 @@ class SlurmJob:
         )  # fmt: skip
         assert done.returncode == expected, done.stdout + done.stderr
         if expected == 0:
-            self.job_id = self.of("submitted")[-1]["job_id"]
+            self.job_id = [event for event in self.of("submitted") if not event.get("guard_of")][-1]["job_id"]
         return self
 
     def wait_for(self, condition: Any, what: str, limit_s: float = LIMIT_S) -> None:
@@ -130,3 +132,7 @@ def assert_as_if_undisturbed(job: SlurmJob, whole: SlurmJob) -> None:
     assert (job.run_dir / "ema.safetensors").exists()
     job.wait_for(lambda: not job.cluster.jobs(), "no job and no guard is left in the queue", 60)
     assert job.cluster.processes(containing="uvit_dist.worker") == []
+    assert_status_tells(
+        job.run_dir, state="finished", cause="done", causes=job.causes, step=STEPS, checkpoint=STEPS,
+        requeues=len(job.of("requeued")),
+    )  # fmt: skip

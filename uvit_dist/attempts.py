@@ -118,7 +118,7 @@ def open_attempt(events: Sequence[Event]) -> Event | None:
 def failures_without_progress(events: Sequence[Event]) -> int:
     """Failures in a row since a checkpoint was last made; what a user submitted anew starts from none.
 
-    A supervisor that starts and then says nothing has failed as well.
+    Jobs without checkpoints say "progressed". A supervisor that starts and then says nothing has failed as well.
     """
     failures, stops, best, silent = 0, 0, -1, False
     for event in events:
@@ -133,8 +133,8 @@ def failures_without_progress(events: Sequence[Event]) -> int:
         if event["event"] != "ended":
             continue
         made = event.get("checkpoint")
-        if made is not None and made > best:
-            best, failures, stops = made, 0, 0
+        if event.get("progressed") or (made is not None and made > best):
+            best, failures, stops = best if made is None else max(best, made), 0, 0
         elif event.get("cause") in INNOCENT:
             stops += 1
         else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +15,12 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from uvit_dist.errors import ConfigError, UserError
+from uvit_dist.errors import ConfigError, UnavailableError, UserError
 
 ASKED_EVERY_S = 5.0
 """Seconds between the collectives of ranks that wait for long work."""
+ROLL_CALL_S, LAST_WORDS_S = 0.05, 5.0
+"""Seconds between looks at who has come; and for which rank 0 waits until all have heard who has."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -58,10 +62,45 @@ def ranks_from_environment() -> Ranks:
         raise ConfigError(f"environment: RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error})") from None
 
 
-def start(ranks: Ranks, timeout_s: float) -> None:
+def meet(ranks: Ranks, name: str, limit_s: float) -> tuple[Any, list[str | None]]:
+    """A roll call before the process group: who has come within a limit, seconds. name: of this rank's host.
+
+    Returns a store for ``start``, and the hosts of all ranks in order, on every rank; none for those who have not come.
+    Raises ``UnavailableError`` on a rank that does not reach rank 0.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return None, [name]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline, limit = time.monotonic() + limit_s, timedelta(seconds=limit_s)
+    try:
+        store = torch_dist.TCPStore(address, port, ranks.world_size, ranks.is_main, limit, wait_for_workers=False)
+        store.set(f"meet/{ranks.rank}", name)
+        keys = [f"meet/{rank}" for rank in range(ranks.world_size)]
+        if ranks.is_main:
+            while not store.check(keys) and time.monotonic() < deadline:
+                time.sleep(ROLL_CALL_S)
+            found = [store.get(key).decode() if store.check([key]) else None for key in keys]
+            store.set("met", json.dumps(found))
+        else:
+            store.wait(["met"], limit + timedelta(seconds=LAST_WORDS_S))
+        hosts: list[str | None] = json.loads(store.get("met"))
+        heard = store.add("heard", 1)
+        deadline = time.monotonic() + LAST_WORDS_S
+        while ranks.is_main and heard < len(hosts) - hosts.count(None) and time.monotonic() < deadline:
+            time.sleep(ROLL_CALL_S)  # the store ends with this process
+            heard = store.add("heard", 0)
+    except (torch_dist.DistError, RuntimeError) as error:
+        raise UnavailableError(
+            f"rank {ranks.rank} on {name} does not reach rank 0 at {address}:{port} within {limit_s:g} s "
+            f"({str(error).splitlines()[0]}); see that hosts reach each other's ports"
+        ) from None
+    return store, hosts
+
+
+def start(ranks: Ranks, timeout_s: float, store: Any = None) -> None:
     """Join the process group: NCCL with GPUs, gloo without. timeout_s: limit of each collective, seconds.
 
-    Raises ``ConfigError`` where there are GPUs, but none for this rank.
+    store: of ``meet``, where ranks have met. Raises ``ConfigError`` where there are GPUs, but none for this rank.
     """
     gpus = torch.cuda.device_count()
     if gpus and ranks.local_rank >= gpus:
@@ -70,10 +109,8 @@ def start(ranks: Ranks, timeout_s: float) -> None:
             f"set launch.processes_per_node {gpus}, or add --local {gpus}"
         )
     if "MASTER_ADDR" not in os.environ:  # one process alone: no address to agree on
-        store: Any = torch_dist.HashStore()
+        store = torch_dist.HashStore()
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # DeepSpeed looks for them
-    else:
-        store = None
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     torch_dist.init_process_group(
@@ -95,6 +132,14 @@ def sum_(tensor: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place."""
     torch_dist.all_reduce(tensor)
     return tensor
+
+
+def exchange(out: Tensor, to: int, into: Tensor, source: int) -> Tensor:
+    """Send a tensor to a rank while another is received, in place, from a rank: same shapes and dtypes."""
+    pair = [torch_dist.P2POp(torch_dist.isend, out, to), torch_dist.P2POp(torch_dist.irecv, into, source)]
+    for work in torch_dist.batch_isend_irecv(pair):
+        work.wait()
+    return into
 
 
 def barrier() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uvit_dist import attempts, slurm, submit
+from uvit_dist import attempts, lease, slurm, submit
 from uvit_dist.config_cluster import Order, job_directory, read_order
 from uvit_dist.errors import MissingInputError, UnavailableError, explained_exit
 
@@ -73,7 +73,8 @@ def follow(orders: Sequence[Order]) -> int:
                 told = line
             time.sleep(LOOKED_S)
     except KeyboardInterrupt:
-        live = [ids[-1] for order in orders if (ids := _job_ids(attempts.read(order.directory)))]
+        held = [lease.read(order.directory) for order in orders]
+        live = [holder.job_id for holder in held if holder is not None and holder.job_id is not None]
         print(
             f"\njob {', '.join(live)} goes on without this; look again with python -m uvit_dist.follow "
             f"{orders[0].run_dir} {orders[0].name}, end it with scancel {' '.join(live)}",
@@ -94,14 +95,18 @@ def _job_ids(events: Sequence[Any]) -> list[str]:
 
 
 def _state(events: Sequence[Any]) -> str | None:
-    """What the scheduler says of the newest job that is not gone, or none where all are."""
-    for job_id in reversed(_job_ids(events)):
-        try:
+    """What the scheduler says of a job's first process that is not gone, guards that wait left out; none: all gone."""
+    waiting = None
+    try:
+        for job_id in _job_ids(events):
             if not slurm.is_gone(job_id, 0.0):
-                return f"job {job_id} is {slurm.job_state(job_id, 0.0)}"
-        except UnavailableError as error:
-            return f"{error}"
-    return None
+                state = slurm.job_state(job_id, 0.0)
+                if state != "PENDING":
+                    return f"job {job_id} is {state}"
+                waiting = waiting or f"job {job_id} is PENDING"
+    except UnavailableError as error:
+        return str(error)
+    return waiting
 
 
 def main() -> None:

@@ -79,6 +79,9 @@ def main() -> None:
 
 
 def _as_overrides(args: argparse.Namespace) -> list[str]:
+    if args.job == "reference":  # one process does it
+        target = [] if args.local is None else ["launch.target=local"]
+        return [*target, "launch.nodes=1", "launch.processes_per_node=1"]
     if args.local is not None:
         return ["launch.target=local", "launch.nodes=1", f"launch.processes_per_node={args.local}"]
     nodes = 1 if args.array is not None else args.nodes
@@ -94,7 +97,7 @@ def _run_here(config: Config, job: str) -> int:
 
 def _submit(config: Config, args: argparse.Namespace) -> int:
     """Check everything, submit, and say what was submitted. Returns the exit code."""
-    from uvit_dist import follow, order_checks, orders
+    from uvit_dist import follow, lease, order_checks, orders
 
     profile = read_profile(config.launch.cluster)
     tasks = [None] if args.array is None else list(range(args.array))
@@ -105,8 +108,11 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
             "--local N to run N processes here, --dry-run to see what would be submitted, or try it on the four-node "
             "rehearsal cluster of slurm/rehearsal"
         )
-    for line in order_checks.check(config, args.job):
-        print(f"warning: {line}", file=sys.stderr)
+    for job in (args.job, *args.then):
+        for line in order_checks.check(config, job):
+            print(f"warning: {line}", file=sys.stderr)
+    for order in wanted:
+        lease.require_free(order.directory)
     if args.job == "train":
         with storage.locked(config.run_dir):  # no local job is in it
             pass

@@ -76,7 +76,9 @@ class Notices:
 
     def _is_cancelled(self, left_s: float) -> bool:
         """Whether a SIGTERM was a cancellation: as SLURM says, or, if it does not answer, where nothing foretold it."""
+        if left_s < LAST_S:
+            return False
         try:
-            return slurm.is_cancelled(self._job, 5.0)
+            return slurm.fate(self._job, 5.0) == "cancelled"
         except UnavailableError:
-            return self._warned_at is None and left_s > LAST_S
+            return self._warned_at is None

@@ -23,8 +23,7 @@ def make_order(
 
     Raises ``ConfigError`` where the nodes have fewer GPUs than ranks.
     """
-    alone = job == "reference"
-    per_node = 1 if alone else config.launch.processes_per_node
+    per_node = config.launch.processes_per_node
     if 0 < profile.gpus_per_node < per_node:
         raise ConfigError(
             f"launch.processes_per_node {per_node}: a node of this cluster has {profile.gpus_per_node} GPUs "
@@ -45,7 +44,7 @@ def make_order(
         python_path=os.pathsep.join(part for part in (str(code), os.environ.get("PYTHONPATH")) if part),
         workdir=str(Path.cwd()),
         python=profile.python or sys.executable,
-        nodes=1 if alone or task is not None else config.launch.nodes,
+        nodes=1 if task is not None else config.launch.nodes,
         processes_per_node=per_node,
         profile=profile,
         signal_lead_s=profile.lead_s(attempts.longest_save_s(events)),

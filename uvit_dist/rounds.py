@@ -202,7 +202,11 @@ class Round:
                 return True, []
             if passed > 2 * DIE_S and srun.poll() is not None and not probed:
                 probed = True
-                if lost := slurm.silent_hosts(list(self.hosts)):
+                try:
+                    lost = slurm.lost_hosts(job_id, self.hosts, watchdog.host_name())
+                except UnavailableError:
+                    lost = []
+                if lost:
                     return False, lost
             if passed > END_S:
                 srun.kill()

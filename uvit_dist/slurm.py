@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 from uvit_dist.errors import UnavailableError
 
@@ -23,12 +24,12 @@ COMMAND_S = 20.0
 PATIENCE_S = 300.0
 """Seconds for which a controller that does not answer is asked again."""
 PAUSE_S = 2.0
-UNKNOWN = ("Invalid job id", "Invalid job array", "job not found")
+UNKNOWN = ("Invalid job id", "Invalid job array", "job not found", "pending execution", "disabled")
 GONE = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 """States of jobs that will not run any more. PREEMPTED may still be requeued."""
 USABLE = ("idle", "alloc", "mix", "comp", "resv", "plnd")
 """States of nodes that can be given to a job, now or later."""
-PROBE_S = 8.0
+PROBE_S = 12.0
 """Seconds that a host has to start a process."""
 _GROUP = re.compile(r"[^,\[\]]*(?:\[[^\]]*\][^,\[\]]*)*")
 
@@ -68,7 +69,7 @@ def _call(arguments: Sequence[str], timeout_s: float = COMMAND_S) -> str:
 
 def _ask(arguments: Sequence[str], patience_s: float) -> str:
     """As ``_call``, again and again. Raises ``UnavailableError`` when the patience is at an end, ``_Failed`` where
-    SLURM answers that it knows no such job."""
+    SLURM answers that it knows no such job, or will not."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -114,13 +115,21 @@ def is_gone(job_id: str, patience_s: float = PATIENCE_S) -> bool:
     return state is None or state in GONE
 
 
-def is_cancelled(job_id: str, patience_s: float = PATIENCE_S) -> bool:
-    """Whether a job was cancelled, also while its processes still end. Raises ``UnavailableError``."""
-    options = ["--noheader", "--states=CANCELLED", "--jobs", job_id, "--format=%T"]
+def fate(job_id: str, patience_s: float = PATIENCE_S) -> Literal["runs", "requeued", "cancelled", "ended"]:
+    """What SLURM is doing to a job that was started, also while its processes still end. Raises ``UnavailableError``.
+
+    "cancelled" may also be the time limit, while the processes end: SLURM shows no difference.
+    """
+    options = ["--noheader", "--states=all", "--jobs", job_id, "--format=%T %S"]
     try:
-        return bool(_ask(["squeue", *options], patience_s).strip())
+        state, _, start = _ask(["squeue", *options], patience_s).strip().partition(" ")
     except _Failed:
-        return False
+        return "ended"
+    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT") or (state == "COMPLETING" and start == "N/A"):
+        return "requeued"  # it has no time of starting any more
+    if state in ("CANCELLED", "COMPLETING"):
+        return "cancelled"
+    return "ended" if state in ("", *GONE, "PREEMPTED") else "runs"
 
 
 def end_time(job_id: str, patience_s: float = 0.0) -> float | None:
@@ -165,6 +174,8 @@ def requeue(job_id: str) -> None:
     try:
         _ask(["scontrol", "requeue", job_id], PATIENCE_S)
     except _Failed as error:
+        if "pending execution" in error.words:  # asked twice, since the first answer was lost
+            return
         raise UnavailableError(f"job {job_id}: SLURM does not requeue it ({error.words})") from None
 
 
@@ -216,7 +227,7 @@ def signal_step(step: str, name: str) -> bool:
 
 def probe(host: str) -> bool:
     """Whether a host of this allocation starts a process within seconds."""
-    options = ["--overlap", "--no-kill", "--immediate=3", "--mem=0", "--input=none", "--cpus-per-task=1"]
+    options = ["--overlap", "--no-kill", "--immediate=8", "--mem=0", "--input=none", "--cpus-per-task=1"]
     command = ["srun", *options, f"--nodelist={host}", "--nodes=1", "--ntasks=1", "--job-name=probe", "true"]
     try:
         _call(["timeout", "-k1", f"{PROBE_S - 2:g}", *command], PROBE_S)
@@ -225,11 +236,19 @@ def probe(host: str) -> bool:
     return True
 
 
-def silent_hosts(names: Sequence[str]) -> list[str]:
-    """Those hosts of this allocation that do not start a process, asked twice, all at once."""
-    for _ in range(2):
-        with ThreadPoolExecutor(max(1, min(32, len(names)))) as pool:
-            names = [name for name, answers in zip(names, pool.map(probe, names), strict=True) if not answers]
-        if not names:
-            break
-    return list(names)
+def lost_hosts(job_id: str, names: Sequence[str], own: str) -> list[str]:
+    """Those hosts of this allocation that do not start a process, asked twice, while the controller answers.
+
+    own: the host of this process; where even that starts none, the question tells nothing, and none is called lost.
+    Raises ``UnavailableError`` where the controller does not answer.
+    """
+    lost = _silent_hosts(names)
+    if lost:
+        job_state(job_id)
+        lost = _silent_hosts(lost)
+    return [] if own in lost else lost
+
+
+def _silent_hosts(names: Sequence[str]) -> list[str]:
+    with ThreadPoolExecutor(max(1, min(32, len(names)))) as pool:
+        return [name for name, answers in zip(names, pool.map(probe, names), strict=True) if not answers]

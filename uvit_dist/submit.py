@@ -71,6 +71,10 @@ def _submitted(executor: SlurmExecutor, orders: Sequence[Order]) -> list[str]:
     try:
         with _environment_of_a_submission():
             return [str(job.job_id) for job in executor.map_array(run, paths)]
+    except OSError as error:
+        raise UnavailableError(
+            f"sbatch cannot be started ({error.strerror or error}): is it on this machine?"
+        ) from None
     except (FailedJobError, FailedSubmissionError) as error:
         if any(words in str(error) for words in UNREACHABLE):
             raise UnavailableError(f"SLURM does not answer: {error}; nothing was submitted, try again") from None

@@ -72,7 +72,7 @@ class Succession:
         if mine and mine[-1].get("guard_of") and self._restart == 0:
             before = mine[-1]["guard_of"]
             with contextlib.suppress(UnavailableError):
-                if slurm.is_cancelled(before):
+                if slurm.job_state(before) == "CANCELLED":
                     reason = f"job {before} was cancelled"
                     log.info("%s: nothing to do", reason)
                     self._record.add(
@@ -152,6 +152,9 @@ class Succession:
         """
         log.info("requeueing: %s", reason)
         try:
+            if slurm.fate(self._raw_job) == "requeued":  # as it does with preempted jobs, and where a node fails
+                self._record.add("requeued", how="slurm", reason=reason)
+                return INTERRUPTED_EXIT_CODE
             slurm.require_scontrol()
             self._record.add("requeued", how="scontrol", reason=reason)  # before: SLURM ends this process
             slurm.requeue(self._raw_job)

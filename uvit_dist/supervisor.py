@@ -12,8 +12,9 @@ import os
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
-from uvit_dist import attempts, beats, lease, slurm
+from uvit_dist import attempts, beats, lease, run_state, slurm
 from uvit_dist.attempts import AttemptLog
 from uvit_dist.config_cluster import Order, read_order
 from uvit_dist.config_yaml import load_config
@@ -103,7 +104,7 @@ class Supervisor:
             self._note_end(Outcome(_lost("", lost), lost, None, None))
             return self.succession.requeue(f"lost {', '.join(lost)}")
         if self.preflight:
-            outcome = self._step(PREFLIGHT, attempts.number_of_attempts(events))
+            outcome = self._check_ranks(attempts.number_of_attempts(events))
             self.preflight = outcome.verdict.cause != "done"
             if not self.preflight:
                 return None
@@ -128,6 +129,16 @@ class Supervisor:
         where = "the beginning" if from_step is None else f"the checkpoint of step {from_step}"
         log.info("attempt %d: %s on %d ranks, from %s", number, self.order.job, world_size, where)
         return self._step(self.order.job, number)
+
+    def _check_ranks(self, number: int) -> Outcome:
+        """The ranks try each other out before the first attempt in an allocation: failing hosts are as good as lost."""
+        began = time.time()
+        outcome = self._step(PREFLIGHT, number)
+        found = run_state.preflight(self.order.directory)
+        if outcome.verdict.cause != "done" and found and found["failing"] and found["time"] >= began:
+            verdict = replace(outcome.verdict, cause="node_lost", exit_code=1)
+            return replace(outcome, verdict=verdict, hosts=list(found["failing"]))
+        return outcome
 
     def _step(self, job: str, number: int) -> Outcome:
         outcome = Round(
@@ -174,14 +185,7 @@ class Supervisor:
             os._exit(OutputError.exit_code)
 
     def _lost_hosts(self) -> list[str]:
-        """The hosts that do not start a process, while the controller answers."""
-        if lost := slurm.silent_hosts(self.hosts):
-            slurm.job_state(self.succession.job)
-            lost = slurm.silent_hosts(lost)
-        if host_name() in lost:  # where this very process runs: the probe tells nothing
-            log.warning("no process can be started on %s by srun: the nodes are taken for sound", ", ".join(lost))
-            return []
-        return lost
+        return slurm.lost_hosts(self.succession.job, self.hosts, host_name())
 
     # -- the record ------------------------------------------------------------------------------------------------
 
@@ -191,7 +195,9 @@ class Supervisor:
     def _note_end(self, outcome: Outcome) -> None:
         verdict = outcome.verdict
         log.info("ended: %s: %s", verdict.cause, verdict.reason)
-        saves = {} if outcome.save_s is None else {"save_s": round(outcome.save_s, 3)}
+        more: dict[str, Any] = {} if outcome.save_s is None else {"save_s": round(outcome.save_s, 3)}
+        if self.order.job in INDEPENDENT and outcome.last_step:
+            more["progressed"] = True  # units of work are done, though there are no checkpoints
         self.record.add(
             "ended",
             exit_code=verdict.exit_code,
@@ -200,7 +206,7 @@ class Supervisor:
             hosts=outcome.hosts,
             checkpoint=attempts.newest_checkpoint(self.order.run_dir),
             last_step=outcome.last_step,
-            **saves,
+            **more,
         )
 
     def _note_finished(self, code: int, reason: str, cause: str) -> None:

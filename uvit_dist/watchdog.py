@@ -27,6 +27,8 @@ from uvit_dist.errors import HANG_EXIT_CODE, ConfigError
 VARIABLE = "UVIT_DIST_SUPERVISOR"
 JOINING, PREPARING, FIRST_STEP, COPYING = "joining", "preparing", "first step", "copying"
 """Phases with a bound of their own, in ``verdicts``: those of the start, and one that is bounded by its requests."""
+WORKING = "working"
+"""The phase of jobs that do units of work; their step is the units that this rank has finished."""
 BEAT_S = 1.0
 CONNECT_S = 10.0
 LAST_WORDS_S = 2.0

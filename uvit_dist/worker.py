@@ -74,7 +74,7 @@ def _stopping(job: str) -> tuple[StopFlag | None, Callable[[], None]]:
     if job == "train":
         flag = StopFlag()
         return flag, flag.raise_now
-    stopping.tell(lambda: watchdog.progress("working"))
+    stopping.tell(lambda: watchdog.progress(watchdog.WORKING))
     # The other jobs stop at SIGTERM, each in its way.
     signal.signal(signal.SIGUSR2, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     return None, lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -92,7 +92,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if job == "precompute":
         from data_tools import shard_job
 
-        watchdog.progress("working")
+        watchdog.progress(watchdog.WORKING)
         try:
             shard_job.run(config)
         except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if job == "reference":
         from data_tools.fid_reference import write_reference
 
-        watchdog.progress("working")
+        watchdog.progress(watchdog.WORKING)
         log.info("%s", write_reference(config))
         return 0
     if config.train.deterministic:
@@ -111,13 +111,12 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if job == "preflight":
         from uvit_dist.rank_check import check_ranks
 
-        dist.start(ranks, config.launch.timeout_s)
         check_ranks(config, ranks)
         return 0
     if job == "evaluate":
         from uvit_dist.evaluate import evaluate
 
-        watchdog.progress("working")
+        watchdog.progress(watchdog.WORKING)
         try:
             log.info("scores: %s", json.dumps(evaluate(config, ranks)))
         except KeyboardInterrupt:

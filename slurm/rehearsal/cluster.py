@@ -312,9 +312,6 @@ class Cluster:
         if node not in self.nodes:
             raise ValueError(f"{node}: no such node; they are {', '.join(self.nodes)}")
 
-    def lift_holds(self) -> None:
-        """Nothing: holds last ``hold_s``."""
-
     def preempt(self, seconds: float = 5) -> str:
         """Submit a job of the higher partition that wants all nodes for so long. Returns its id."""
         return self.command(

@@ -6,23 +6,17 @@ import time
 
 import pytest
 
-from slurm.rehearsal.cluster import Cluster
+from tests.integration.s3_fixtures import credentials, proxy, s3_server, upload  # noqa: F401 - fixtures
 from tests.slurm_jobs import EVERY, SLOW, STEPS, SlurmJob, assert_as_if_undisturbed
+from tests.tiny import losses, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with Cluster(tmp_path_factory.mktemp("cluster")) as running:
-        running.lift_holds()
-        yield running
-
-
-@pytest.fixture(scope="module")
-def whole(cluster, data_dir, tmp_path_factory):
+def whole(slurm_cluster, data_dir, tmp_path_factory):
     """The undisturbed run."""
-    job = SlurmJob(cluster, data_dir, tmp_path_factory.mktemp("whole") / "run", fault="").launch()
+    job = SlurmJob(slurm_cluster, data_dir, tmp_path_factory.mktemp("whole") / "run", fault="").launch()
     assert job.wait_for_end()["cause"] == "done", job.told()
     assert job.causes == ["done"]
     return job
@@ -30,17 +24,8 @@ def whole(cluster, data_dir, tmp_path_factory):
 
 @pytest.fixture
 def start(cluster, data_dir, tmp_path, whole):
-    """Launches a run; what it leaves on the cluster is ended with the test."""
-
-    def launched(*changes, **options):
-        return SlurmJob(cluster, data_dir, tmp_path / "run", *changes, **options).launch()
-
-    yield launched
-    for job in cluster.jobs():
-        cluster.command("scancel", job, check=False)
-    deadline = time.monotonic() + 60
-    while cluster.jobs() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    """Launches a run."""
+    return lambda *changes, **options: SlurmJob(cluster, data_dir, tmp_path / "run", *changes, **options).launch()
 
 
 def assert_same_job(job, restarts):
@@ -80,7 +65,8 @@ def test_3_a_signal_by_scancel(start, whole, cluster, whom):
     job.wait_for_step(8)
     for name in ("submitted.pkl", "0_result.pkl"):
         (job.run_dir / f"launch/train/submitit/{job.job_id}_{name}.save_tmp").write_bytes(b"half a pick")
-    cluster.command("scancel", "--signal=USR2", *(["--batch"] if whom == "batch" else []), job.job_id)
+    # to the steps, it also says that some process could not be told: the probes' steps have none any more
+    cluster.command("scancel", "--signal=USR2", *(["--batch"] if whom == "batch" else []), job.job_id, check=False)
     assert_as_if_undisturbed(job, whole)
     assert job.causes == ["stopped", "done"]
     assert job.of("ended")[0]["reason"] == "stopped, and saved"
@@ -174,6 +160,23 @@ def test_8_kill_9_of_everything_during_a_save(start, whole, cluster):
     assert job.causes == ["supervisor_died", "done"]
     assert job.of("attempt")[1]["from_step"] == EVERY
     assert job.of("attempt")[1]["job_id"] != job.job_id
+
+
+def test_9_the_s3_server_is_away_for_a_minute(start, whole, data_dir, s3_server, proxy, credentials):  # noqa: F811
+    """The read that it meets is tried again until it is back: no attempt is lost."""
+    url = upload(s3_server, data_dir, "slurm")
+    keys = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
+    patience = ("storage.retry_s=100", "launch.hang_s=120", "launch.timeout_s=150")
+    job = start(f"data.index={url}/index.json", f"storage.endpoint={proxy.endpoint}", *patience, environment=keys)
+    job.wait_for_step(8)
+    proxy.down = True
+    time.sleep(60)
+    assert max(losses(job.run_dir)) < STEPS, "it had to wait"
+    proxy.down = False
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["done"]
+    assert sum(record["data_retries"] for record in records(job.run_dir, "metrics.jsonl").values()) > 0
+    assert_same_job(job, 0)
 
 
 def test_10_the_supervisor_is_killed(start, whole):

@@ -19,16 +19,6 @@ from uvit_dist.config_cluster import job_directory, read_order
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.slow]
 
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    from slurm.rehearsal.cluster import Cluster
-
-    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
-        started.lift_holds()
-        yield started
-
-
 SLOW = "sleep0.25@all,progress:training#*"
 
 
@@ -52,9 +42,6 @@ def launch(cluster, data_dir, tmp_path):
             return process
 
         yield start
-        for job_id in cluster.jobs():
-            cluster.command("scancel", job_id, check=False)
-        wait_for(lambda: not cluster.jobs(), "jobs are left")
 
 
 def ended(process, timeout=150):
@@ -94,10 +81,7 @@ def test_mistakes_cost_no_submission(cluster, launch, tmp_path):
     for code, words, arguments in (
         (78, "must be divisible by data.lanes", ["train.global_batch_size=25"]),
         (78, "did you mean partition?", [f"launch.cluster={tmp_path}/wrong.yaml"]),
-        (78, "cannot be read", ["launch.cluster=nowhere.yaml"]),
         (66, "data.index nowhere/index.json", ["data.index=nowhere/index.json"]),
-        (65, "does not hold what the configuration describes", ["data.crop=adm"]),
-        (66, "evaluate.reference nowhere.npz", ["--job", "evaluate", "evaluate.reference=nowhere.npz"]),
         (73, "file/run", [f"run_dir={tmp_path}/file/run"]),
     ):
         done, out, err = ended(launch(*arguments))
@@ -176,7 +160,7 @@ def test_a_run_that_crashes_at_once_stops_after_three_attempts_with_a_report(clu
     assert end["cause"] == "gave_up"
     assert done == end["exit_code"] != 0, err
     assert [one["cause"] for one in events(run_dir, event="ended")] == ["rank_died"] * 3
-    assert "given up: 3 failures without a new checkpoint (launch.attempts)" in out
+    assert "given up: 3 failures in a row without a new checkpoint (launch.attempts)" in out
     for number in (1, 2, 3):
         assert f"attempt {number} (job {end['job_id']}): rank_died" in out
     assert len({one["job_id"] for one in events(run_dir, event="attempt")}) == 1  # none of them queued again
@@ -184,21 +168,24 @@ def test_a_run_that_crashes_at_once_stops_after_three_attempts_with_a_report(clu
 
 
 def test_a_chain_over_time_limits_runs_the_code_of_its_submission(cluster, launch, data_dir, tmp_path):
-    """The checkout is edited while the chain runs; paths in the configuration are relative to the submission."""
+    """The checkout is edited while the chain runs; paths in the configuration are relative to the submission.
+
+    In the first three attempts a step takes longer than there is time for all of them within three limits.
+    """
     checkout = tmp_path / "checkout"
     for package in ("uvit_dist", "data_tools"):
         shutil.copytree(ROOT / package, checkout / package)
-    run_dir, steps = checkout / "runs" / "chain", 60
+    run_dir, steps = checkout / "runs" / "chain", 100
     arguments = ["run_dir=runs/chain", f"train.steps={steps}", "checkpoint.every=1000"]
-    follower = launch(
-        "--follow", *arguments, cwd=checkout, fault=SLOW, profile_text="time_limit_min: 1\nsignal_lead_s: 42"
-    )
+    fault = ";".join(f"sleep2@all,progress:training#*/{attempt}" for attempt in (1, 2, 3))
+    limits = "time_limit_min: 1\nsignal_lead_s: 10"
+    follower = launch("--follow", *arguments, cwd=checkout, fault=fault, profile_text=limits)
     wait_for(lambda: steps_made(run_dir) >= 2, "no steps")
     (checkout / "uvit_dist" / "train.py").write_text("raise RuntimeError('edited')\n")
     done, out, err = ended(follower, timeout=300)
     assert done == 0, out + err
     stops = [one for one in events(run_dir, event="ended") if one["cause"] == "stopped"]
-    assert len(stops) >= 3
+    assert len(stops) >= 3, stops
     assert all(one["exit_code"] == 75 for one in stops)
     assert [one["how"] for one in events(run_dir, event="requeued")] == ["scontrol"] * len(stops)
     assert len({one["job_id"] for one in events(run_dir, event="attempt")}) == 1
@@ -234,12 +221,13 @@ def test_each_checkpoint_is_evaluated_in_a_job_of_its_own(cluster, launch, tmp_p
     assert sorted(name[:13] for name in scored) == [f"step-{step:08d}" for step in (4, 8, 12)]
 
     # What is evaluated is let go of by the next training; an evaluation that fails does not stop it.
-    more = ["train.steps=20", "checkpoint.every=4", "checkpoint.keep=2", "evaluate.reference=nowhere.npz"]
+    (tmp_path / "garbage.npz").write_bytes(b"no archive")
+    more = ["train.steps=20", "checkpoint.every=4", "checkpoint.keep=2", f"evaluate.reference={tmp_path}/garbage.npz"]
     done, out, err = ended(launch("--follow", "--then", "evaluate", *more), timeout=200)
     assert done == 0, out + err
     wait_for(lambda: events(run_dir, "evaluate-step-00000020", "finished"), "the evaluation has not finished")
     (end,) = events(run_dir, "evaluate-step-00000020", "finished")
-    assert (end["cause"], end["exit_code"]) == ("data", 66)
+    assert (end["cause"], end["exit_code"]) == ("data", 65)
     assert not (run_dir / "checkpoints" / "step-00000004").exists()
     assert (run_dir / "checkpoints" / "step-00000016").exists()
 

@@ -52,6 +52,12 @@ def test_failures_count_until_a_checkpoint_is_made(told, failures):
     assert attempts.failures_without_progress(life(*told)) == failures
 
 
+def test_work_that_is_done_counts_where_there_are_no_checkpoints():
+    events = life("started", "attempt", "node_lost", "attempt", "node_lost", "attempt", "node_lost")
+    events[4]["progressed"] = True
+    assert attempts.failures_without_progress(events) == 1
+
+
 def test_finished_until_it_starts_again():
     assert attempts.finished(life("submitted", "started", "attempt", "done")) is None
     assert attempts.finished(life("started", "done", "finished"))["event"] == "finished"

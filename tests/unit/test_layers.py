@@ -62,6 +62,8 @@ LAYERS = {
         "watchdog",
         "preflight",
         "lease",
+        "run_state",
+        "rank_check",
         "loss",
         "validation",
         "sampler",
