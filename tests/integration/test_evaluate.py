@@ -196,7 +196,11 @@ def test_a_sweep_scores_every_point_and_makes_a_table_and_a_plot(data_dir, run_d
     with Image.open(first["plot"]) as picture:
         assert picture.size == (900, 600)
     times = {path: path.stat().st_mtime_ns for path in (run_dir / "evaluation").rglob("scores-60.json")}
-    run_ranks(evaluate_job, 1, config)
+    command = [sys.executable, "-m", "uvit_dist.launch", "--config", str(DEMO), "--job", "evaluate", "--local", "1"]
+    command += [*overrides(data_dir, run_dir), "--sweep", "cfg_scale=0,1.5", "steps=3,4"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert f'"table": "{first["table"]}"' in done.stderr
     assert {path: path.stat().st_mtime_ns for path in times} == times, "finished points are not done again"
 
 
