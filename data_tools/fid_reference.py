@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data_tools.images import ImageSource, load_images, source_fingerprint
 from data_tools.shard_job import open_images, this_device
 from data_tools.sources import open_source
-from uvit_dist import stopping, storage
+from uvit_dist import stopping, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import DataError, explained_exit
@@ -101,11 +101,14 @@ class ReferenceJob:
 
         Raises ``KeyboardInterrupt`` where the job was asked to stop, and what reading and scoring raise.
         """
+        done = 0
         with tqdm(total=len(self._spans), unit="unit", disable=None) as progress:
             while self._made() is None and self._work.missing():
                 stopping.check()
                 while (unit := self._work.claim()) is not None:
                     self._work.put(unit, self._result(unit))
+                    done += 1
+                    watchdog.progress(watchdog.WORKING, done)
                     progress.update(len(self._spans) - len(self._work.missing()) - progress.n)
                 if self._work.missing():
                     self._work.wait()

@@ -173,7 +173,7 @@ def tiny_overrides(name: str, root: Path, run_dir: Path) -> list[str]:
         out += [f"data.source={root}/celeba"]
     elif name in TEXT:
         out += [f"data.source={root}/coco/train2014", f"data.captions={root}/coco/annotations/captions_train2014.json",
-                f"text.encoder={root}/text.safetensors"]  # fmt: skip
+                f"text.encoder={root}/text.safetensors", "evaluate.save_samples=true"]  # fmt: skip
     else:
         guided = name in LATENTS
         out += [f"data.source={root}/imagenet", f"model.num_classes={CLASSES + guided}"]

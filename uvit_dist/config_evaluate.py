@@ -80,7 +80,9 @@ class EvaluateConfig(Section):
         description="score so many images first, and all of evaluate.samples only where no other checkpoint of the run "
         "scored better on as many: for jobs that follow training",
     )
-    sweep: SweepConfig = SweepConfig()
+    sweep: SweepConfig = Field(
+        SweepConfig(), description="values of the sample section to score in turn, as launch --sweep gives them"
+    )
     lease_s: float = Field(
         60.0, gt=0, description="seconds of silence after which another worker takes over a worker's chunk"
     )

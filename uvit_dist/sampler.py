@@ -18,6 +18,7 @@ from uvit_dist.diffusion.keyed_random import keyed_bits, keyed_integers, keyed_n
 from uvit_dist.diffusion.schedule import SCHEDULES, VPSDESchedule
 from uvit_dist.diffusion.solvers import dpm_solver, dpm_solver_pp, euler_maruyama
 from uvit_dist.models.autoencoder import Autoencoder
+from uvit_dist.models.cpu import for_inference
 from uvit_dist.models.features import to_uint8
 from uvit_dist.models.frozen import true_fp32
 
@@ -31,7 +32,8 @@ class Sampler:
     def __init__(
         self, config: Config, net: nn.Module, decoder: Autoencoder | None, empty_context: Tensor | None = None
     ) -> None:
-        self.config, self._net, self._decoder, self._empty = config, net, decoder, empty_context
+        self.config, self._decoder, self._empty = config, decoder, empty_context
+        self._net = for_inference(net)
         self._schedule = SCHEDULES[config.diffusion.schedule]()
 
     def _null(self, condition: Condition) -> Condition | None:

@@ -35,7 +35,7 @@ SLURM_VARIABLES = {
 LAUNCHER_VARIABLE = "UVIT_DIST_LAUNCHER"
 """Set by the launcher to its process id; it then speaks for all ranks, and they die with it."""
 
-SHARED_JOBS = ("evaluate", "precompute")
+SHARED_JOBS = ("evaluate", "precompute", "reference")
 """Jobs whose workers share the work by leases, on any number of machines: no process group, no lock of run_dir."""
 FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -89,12 +89,15 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     ranks = dist.ranks_from_environment()
     metrics.set_up_logging(config.run_dir, ranks, name)
     storage.configure(config.storage)
-    if job == "precompute":
-        from data_tools import shard_job
+    if job in ("precompute", "reference"):
+        from data_tools import fid_reference, shard_job
 
         watchdog.progress(watchdog.WORKING)
         try:
-            shard_job.run(config)
+            if job == "reference":
+                log.info(fid_reference.write_reference(config))
+            else:
+                shard_job.run(config)
         except KeyboardInterrupt:
             return INTERRUPTED_EXIT_CODE
         return 0

@@ -54,8 +54,8 @@ def chunks(run_dir, kind="ema"):
 
 def moments(run_dir, names, count):
     (directory,) = (run_dir / "evaluation").glob("step-*-ema-*")
-    with spooled(WorkDirectory(str(directory / "chunks"), names), ["features"], count) as spool:
-        return spool.moments("features").state_dict()
+    with spooled(WorkDirectory(str(directory / "chunks"), names), ["pixels"], count) as spool:
+        return spool.moments("pixels").state_dict()
 
 
 def told(scores):
@@ -126,7 +126,7 @@ def test_more_images_later_cost_only_the_rest(data_dir, run_dir):
     (directory,) = {path.parent for path in before if path.name.endswith("-of-12.npz")}
     short, full = (dict(np.load(directory / f"chunk-000003{end}.npz")) for end in ("-of-12", ""))
     assert (len(short["labels"]), len(full["labels"])) == (12, 16)
-    for name in ("features", "labels"):
+    for name in ("pixels", "labels"):
         assert np.array_equal(short[name], full[name][:12])
 
 
@@ -176,8 +176,8 @@ def mean_of(run_dir):
                      if json.loads(path.read_text())["cfg_scale"] == 1.5 and "-ema-" in str(path)
                      and json.loads(path.read_text())["precision"] == "fp32"
                      and json.loads(path.read_text())["sub_batch_size"] == 8)  # fmt: skip
-    with spooled(WorkDirectory(str(directory / "chunks"), names), ["features"], 60) as spool:
-        return spool.moments("features").mean
+    with spooled(WorkDirectory(str(directory / "chunks"), names), ["pixels"], 60) as spool:
+        return spool.moments("pixels").mean
 
 
 def test_a_sweep_scores_every_point_and_makes_a_table_and_a_plot(data_dir, run_dir):
@@ -196,7 +196,11 @@ def test_a_sweep_scores_every_point_and_makes_a_table_and_a_plot(data_dir, run_d
     with Image.open(first["plot"]) as picture:
         assert picture.size == (900, 600)
     times = {path: path.stat().st_mtime_ns for path in (run_dir / "evaluation").rglob("scores-60.json")}
-    run_ranks(evaluate_job, 1, config)
+    command = [sys.executable, "-m", "uvit_dist.launch", "--config", str(DEMO), "--job", "evaluate", "--local", "1"]
+    command += [*overrides(data_dir, run_dir), "--sweep", "cfg_scale=0,1.5", "steps=3,4"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert f'"table": "{first["table"]}"' in done.stderr
     assert {path: path.stat().st_mtime_ns for path in times} == times, "finished points are not done again"
 
 
@@ -218,7 +222,7 @@ def test_every_image_can_be_kept_in_shards(data_dir, run_dir):
     picture = np.asarray(Image.open(io.BytesIO(found["00000019.png"])))
     assert np.array_equal(picture.transpose(2, 0, 1), chunk["images"][3])
     grey = torch.from_numpy(picture.astype(np.float64)).mean(2)[None, None] / 127.5 - 1
-    assert np.allclose(torch.nn.functional.avg_pool2d(grey, 4).flatten().numpy(), chunk["features"][3])
+    assert np.allclose(torch.nn.functional.avg_pool2d(grey, 4).flatten().numpy(), chunk["pixels"][3])
 
 
 def test_checkpoints_are_scored_on_few_images_and_the_best_on_all(data_dir, run_dir, tmp_path):

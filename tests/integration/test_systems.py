@@ -1,6 +1,8 @@
 """All ten published systems, end to end at tiny size: shards, training, sampling, scores; and what a kill leaves."""
 
+import json
 import math
+import tarfile
 
 import pytest
 
@@ -38,6 +40,15 @@ def test_a_system_runs_from_images_to_scores(name, root, tmp_path):
     rows = 2 if config.model.num_classes > 0 or name in TEXT else 1
     columns = 1 if rows == 2 else 2
     assert scores["picture"] == (rows * (size + 2) + 2, columns * (size + 2) + 2, 3)
+
+    if name in TEXT:
+        texts = []
+        for path in sorted((tmp_path / "evaluation").rglob("*.tar")):
+            with tarfile.open(path) as tar:
+                texts += [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+        assert len(texts) == 10
+        told = json.loads((root / "coco" / "annotations" / "captions_val2014.json").read_text())
+        assert set(texts) <= {each["caption"] for each in told["annotations"]}, "of the held-out images"
 
     assert list(losses(tmp_path)) == [1, 2, 3, 4]
     assert all(0.5 < loss < 3 for loss in losses(tmp_path).values()), "the loss of an untrained network is about 1"

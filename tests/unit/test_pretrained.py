@@ -11,11 +11,11 @@ from PIL import Image
 from data_tools import pack_images, precompute_latents
 from tests.systems import command, make_cifar10
 from tests.tiny import DEMO, ROOT, tiny_config
-from uvit_dist import evaluate
 from uvit_dist.config_yaml import load_config
 from uvit_dist.data.latents import Provenance, check_same_text_encoder
 from uvit_dist.data.shards import read_index
 from uvit_dist.errors import ConfigError, DataError, MissingInputError, OutputError
+from uvit_dist.evaluation.point import directory_of
 from uvit_dist.preflight import check_provenance
 from uvit_dist.pretrained import load_decoder, load_extractor
 from uvit_dist.weights import Weights, check_same_noise, check_trained_as
@@ -146,13 +146,16 @@ def test_fine_tuning_keeps_the_meaning_of_time(tmp_path, caplog):
 
 def test_an_evaluation_is_redone_for_what_changes_an_image_and_for_nothing_else(tmp_path):
     def directory(*changes, identity=("weights", "decoder", "features", "")):
-        return evaluate.evaluation_dir(tiny_config(tmp_path, tmp_path / "run", *changes), 5, list(identity))
+        return directory_of(tiny_config(tmp_path, tmp_path / "run", *changes), 5, identity)
 
     same = ["evaluate.reference=other.npz", "evaluate.neighbours=7", "model.use_checkpoint=true",
-            "autoencoder.encoder=other.pth", "diffusion.label_dropout=0.2", "evaluate.checkpoint=there"]  # fmt: skip
+            "autoencoder.encoder=other.pth", "diffusion.label_dropout=0.2", "evaluate.checkpoint=there",
+            "evaluate.samples=64", "evaluate.small_samples=20", "evaluate.save_samples=true",
+            "evaluate.lease_s=3"]  # fmt: skip
     assert {directory(change) for change in same} == {directory()}
     other = ["sample.steps=5", "sample.cfg_scale=0.1", "sample.solver=dpm_solver", "evaluate.seed=1",
-             "evaluate.sub_batch_size=4", "evaluate.features=pixels_8x8", "autoencoder.scale_factor=2.0"]  # fmt: skip
+             "evaluate.sub_batch_size=4", "evaluate.features=pixels_8x8", "sample.precision=bf16_autocast",
+             "autoencoder.scale_factor=2.0"]  # fmt: skip
     found = {directory(change) for change in other} | {
         directory(identity=("weights", "decoder", "other features", "")),
         directory(identity=("weights", "other decoder", "features", "")),

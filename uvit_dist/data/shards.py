@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, Any
@@ -112,17 +112,22 @@ def write_shard(
     return record
 
 
-def write_image_shard(path: str, ids: Iterable[int], images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-    """Generated images as a webdataset shard, atomically: ID.png and ID.cls of each. Raises ``OutputError``.
+def write_image_shard(
+    path: str, ids: Sequence[int], images: NDArray[np.uint8], labels: NDArray[np.int64], captions: Sequence[str] = ()
+) -> None:
+    """Generated images as a webdataset shard, atomically: ID.png, ID.cls and, with captions, ID.txt of each.
 
-    ids: of each image; images: (N, 3, H, W) uint8; labels: (N,), -1 for none. The bytes depend on these alone.
+    ids: of each image; images: (N, 3, H, W) uint8; labels: (N,), -1 for none. The bytes depend on these alone. Raises
+    ``OutputError``.
     """
     with storage.atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for number, image, label in zip(ids, images, labels, strict=True):
+        for place, (number, image, label) in enumerate(zip(ids, images, labels, strict=True)):
             picture = io.BytesIO()
             Image.fromarray(image.transpose(1, 2, 0)).save(picture, "PNG")
             _add_member(tar, f"{number:08d}.cls", str(label).encode())
             _add_member(tar, f"{number:08d}.png", picture.getvalue())
+            if captions:
+                _add_member(tar, f"{number:08d}.txt", captions[place].encode())
 
 
 def _xxh3(array: NDArray[Any]) -> int:

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from uvit_dist import stopping, storage
+from uvit_dist import stopping, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.data.shards import write_image_shard
 from uvit_dist.evaluation.networks import Networks, choose_weights
@@ -65,6 +65,12 @@ def protocol_of(config: Config) -> str:
     return _digest(protocol)
 
 
+def directory_of(config: Config, step: int, identity: Sequence[str]) -> Path:
+    """Where all lies that is of one protocol and these weights. identity: of the networks, as ``Networks`` has it."""
+    name = f"step-{step:08d}-{config.evaluate.weights}-{_digest([protocol_of(config), *identity])}"
+    return Path(config.run_dir, "evaluation", name)
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
@@ -82,9 +88,8 @@ class Point:
         is the record."""
         self.config, self._networks, self._publish = config, networks, publish
         self._protocol = protocol_of(config)
-        own, step = config.evaluate, networks.step
-        name = f"step-{step:08d}-{own.weights}-{_digest([self._protocol, *networks.identity])}"
-        self.directory = Path(config.run_dir, "evaluation", name)
+        own = config.evaluate
+        self.directory = directory_of(config, networks.step, networks.identity)
         self.chunks = chunk_names(own.samples, own.chunk_size)
         self._reference = hash_of_reference(config)
         self._scored_by = _digest([self._reference, own.model_dump(mode="json", include=set(SCORED_BY)), own.samples])
@@ -93,6 +98,7 @@ class Point:
         self._started = time.time()
         beside = [SHARD] if own.save_samples else []
         self._work = SharedWork(str(self.directory / "chunks"), self.chunks, own.lease_s, beside)
+        self._done = 0
 
     def close(self) -> None:
         """Give back what this worker holds."""
@@ -111,6 +117,8 @@ class Point:
         while (chunk := self._work.claim()) is not None:
             tell(len(self.chunks) - len(self._work.missing()))
             self._work.put(chunk, self._made(chunk))
+            self._done += 1
+            watchdog.progress(watchdog.WORKING, self._done)
         tell(len(self.chunks) - len(self._work.missing()))
 
     def _check_inputs(self) -> None:
@@ -125,31 +133,35 @@ class Point:
         self._work.once("inputs", lambda: storage.exists(mark) or None, check)
 
     def _made(self, chunk: str) -> Result:
-        """The images of a chunk in sub-batches of the fixed size, the last one padded: their features, their labels
-        and, of the first ids, the images."""
+        """The images of a chunk in sub-batches of the fixed size, the last one padded: their features by kind, their
+        labels and, of the first ids, the images."""
         protocol, device = self.config.evaluate, self._networks.device
         first = self.chunks.index(chunk) * protocol.chunk_size
         last = min(first + protocol.chunk_size, protocol.samples)
-        images, labels = [], []
-        features: dict[str, list[Tensor]] = {}
-        wants_texts = "clip_score" in protocol.asked
+        parts: dict[str, list[Tensor]] = {}
+        captions: list[str] = []
         for begin in range(first, last, protocol.sub_batch_size):
             stopping.check()
             ids = torch.arange(begin, begin + protocol.sub_batch_size, device=device)  # ids beyond the last: padding
             condition = self._conditions.of(ids)
+            texts = self._conditions.texts(ids) if self._wants_texts else None
             batch = self._sampler.generate(ids, condition, protocol.seed)
-            wanted = min(last - begin, protocol.sub_batch_size)
-            images.append(batch[:wanted].cpu())
-            labels.append(labels_of(condition, len(ids))[:wanted])
-            found = self._networks.extract(batch, self._conditions.texts(ids) if wants_texts else None)
+            found = {
+                **self._networks.extract(batch, texts), LABELS: labels_of(condition, len(ids)), IMAGES: batch
+            }  # fmt: skip
             for kind, values in found.items():
-                features.setdefault(kind, []).append(values[:wanted].cpu())
-        pixels, asked = torch.cat(images).numpy(), torch.cat(labels).numpy()
+                parts.setdefault(kind, []).append(values[: last - begin].cpu())
+            captions += (texts or [])[: last - begin]
+        arrays = {kind: torch.cat(several).numpy() for kind, several in parts.items()}
         if protocol.save_samples:
-            write_image_shard(self._work.path(chunk, SHARD), range(first, last), pixels, asked)
+            path = self._work.path(chunk, SHARD)
+            write_image_shard(path, range(first, last), arrays[IMAGES], arrays[LABELS], captions)
         shown = max(0, min(last, protocol.grid_rows * GRID_COLUMNS) - first)
-        arrays = {kind: torch.cat(parts).numpy() for kind, parts in features.items()}
-        return {**arrays, LABELS: asked, IMAGES: pixels[:shown]}
+        return {**arrays, IMAGES: arrays[IMAGES][:shown]}
+
+    @property
+    def _wants_texts(self) -> bool:
+        return self.config.evaluate.save_samples or "clip_score" in self.config.evaluate.asked
 
     # -- scores --------------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,22 @@ EXTRACTORS: dict[str, Extractor] = {"digits_pixels_8x8": digits_pixels_8x8, "pix
 def to_uint8(images: Tensor) -> Tensor:
     """What an image writer stores of the network's range: clamp to [0, 1], times 255, plus 0.5, truncated.
 
-    images: any shape, floating, in [-1, 1]. The same shape, uint8.
+    images: (B, ...), floating, in [-1, 1]. The same shape, uint8. One image at a time, which stays in a CPU's cache.
     """
-    return ((images + 1.0) / 2.0).clamp(0.0, 1.0).mul(255.0).add(0.5).to(torch.uint8)
+    out = torch.empty_like(images, dtype=torch.uint8)
+    for image, rounded in zip(_parts(images), _parts(out), strict=True):
+        rounded.copy_((image + 1.0).div_(2.0).clamp_(0.0, 1.0).mul_(255.0).add_(0.5))
+    return out
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Images (B, ...) uint8 as float32 in [0, 1], as torchvision's ``ToTensor`` has them."""
+    out = torch.empty_like(images, dtype=torch.float32)
+    for image, scaled in zip(_parts(images), _parts(out), strict=True):
+        scaled.copy_(image).div_(255)
+    return out
+
+
+def _parts(images: Tensor) -> Sequence[Tensor]:
+    """One by one on a CPU, where a pass over all would wait for memory; the whole elsewhere."""
+    return images.split(1) if images.device.type == "cpu" else (images,)

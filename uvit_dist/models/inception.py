@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 from torchvision.models import Inception3, inception_v3
 
 from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.models.features import to_unit_range
 from uvit_dist.models.frozen import load_strictly, read_state_dict, true_fp32
 from uvit_dist.scores.kinds import ADM_LOGITS, ADM_POOL, ADM_SPATIAL, POOL, WIDTHS
 
@@ -65,7 +66,7 @@ class Inception(nn.Module):
         out: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False), true_fp32():
             if POOL in self.kinds:
-                scaled = interpolate(images.float() / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+                scaled = interpolate(to_unit_range(images), size=(SIDE, SIDE), mode="bilinear", align_corners=False)
                 out[POOL] = self.network(2 * scaled - 1)
             if set(self.kinds) - {POOL}:
                 out[ADM_POOL] = self.network((resize_as_tensorflow_1(images.float(), SIDE) - 128) / 128)
