@@ -1,7 +1,6 @@
 """The launcher on a real SLURM cluster: what it refuses, what it submits, how a run ends, and what follows from it."""
 
 import contextlib
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ import pytest
 
 from tests.integration.jobs import train_job
 from tests.ranks import run_ranks
+from tests.status_truth import assert_status_tells
 from tests.tiny import DEMO, ROOT, losses, overrides, tiny_config, traces
 from uvit_dist import attempts, lease
 from uvit_dist.config_cluster import job_directory, read_order
@@ -109,6 +109,7 @@ def test_a_second_launch_is_refused_and_a_stale_lease_broken(cluster, launch, tm
     assert done == 73
     assert f"held by SLURM job {job_id}, since" in err
     assert cluster.jobs() == [job_id]
+    assert_status_tells(tmp_path / "run", state="queued", job_id=job_id, attempts=0)
     local = subprocess.run(
         [sys.executable, "-m", "uvit_dist.launch", "--config", DEMO, f"run_dir={tmp_path}/run", "--local", "1"],
         cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=60,
@@ -148,6 +149,7 @@ def test_a_cancelled_job_stays_cancelled_whoever_watches_it(cluster, launch, tmp
     assert again.returncode == 75
     assert "cancelled" in again.stdout
     assert events(run_dir, event="requeued") == []
+    assert_status_tells(run_dir, state="finished", cause="cancelled", requeues=0, job_id=job_id)
     time.sleep(3)
     assert cluster.jobs() == []
     assert lease.read(job_directory(run_dir, "train")) is None
@@ -164,6 +166,7 @@ def test_a_run_that_crashes_at_once_stops_after_three_attempts_with_a_report(clu
     for number in (1, 2, 3):
         assert f"attempt {number} (job {end['job_id']}): rank_died" in out
     assert len({one["job_id"] for one in events(run_dir, event="attempt")}) == 1  # none of them queued again
+    assert_status_tells(run_dir, state="finished", cause="gave_up", causes=["rank_died"] * 3, requeues=0)
     wait_for(lambda: not cluster.jobs(), "jobs are left")
 
 
@@ -189,6 +192,7 @@ def test_a_chain_over_time_limits_runs_the_code_of_its_submission(cluster, launc
     assert all(one["exit_code"] == 75 for one in stops)
     assert [one["how"] for one in events(run_dir, event="requeued")] == ["scontrol"] * len(stops)
     assert len({one["job_id"] for one in events(run_dir, event="attempt")}) == 1
+    assert_status_tells(run_dir, state="finished", cause="done", requeues=len(stops), step=steps)
     order = read_order(job_directory(run_dir, "train") / "order.json")
     assert order.code.startswith(f"{run_dir}/launch/code-")
     assert order.workdir == str(checkout)
@@ -212,6 +216,7 @@ def test_each_checkpoint_is_evaluated_in_a_job_of_its_own(cluster, launch, tmp_p
         assert (end["cause"], end["exit_code"]) == ("done", 0)
         order = read_order(job_directory(run_dir, name) / "order.json")
         assert (order.nodes, order.job) == (1, "evaluate")
+        assert_status_tells(run_dir, name, state="finished", cause="done")
     jobs = [events(run_dir, name, "submitted")[0]["job_id"] for name in names]
     assert len({*jobs, *(one["job_id"] for one in events(run_dir, event="submitted"))}) >= 4
     assert [path.name for path in sorted((run_dir / "checkpoints").glob("step-*"))] == [
@@ -251,15 +256,3 @@ def test_a_reference_is_made_by_one_process(cluster, launch, tmp_path):
     assert reference.exists()
     (started,) = events(tmp_path / "run", "reference", "started")
     assert len(started["hosts"]) == 1
-
-
-def test_without_slurm_it_says_what_to_do_instead(tmp_path):
-    environment = {**os.environ, "PATH": os.path.dirname(sys.executable)}
-    done = subprocess.run(
-        [sys.executable, "-m", "uvit_dist.launch", "--config", DEMO, "launch.target=slurm", f"run_dir={tmp_path}/run"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 78
-    for remedy in ("--local N", "--dry-run", "slurm/rehearsal"):
-        assert remedy in done.stderr
-    assert not (tmp_path / "run").exists()
