@@ -206,8 +206,10 @@ class Round:
                         slurm.signal_step(step, "KILL")
                 if srun.poll() is None and passed > DIE_S:
                     srun.kill()
-                left = [view for view in self.server.views() if view.connected]
-                if srun.poll() is not None and not listed and (listed is not None or not left):
+                views = self.server.views()
+                left = [view for view in views if view.connected]
+                seen_to_end = not left and all(view.heard_at for view in views)
+                if srun.poll() is not None and (listed == [] or (listed is None and seen_to_end)):
                     return True, []
                 if lost is None and passed > DIE_S:
                     lost = pool.submit(self._lost_hosts, job_id)
