@@ -27,8 +27,10 @@ PATIENCE_S = 300.0
 """Seconds for which a controller that does not answer is asked again."""
 PAUSE_S = 2.0
 UNKNOWN = ("Invalid job id", "Invalid job array", "job not found", "pending execution", "disabled")
-GONE = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-"""States of jobs that will not run any more. PREEMPTED may still be requeued."""
+GONE = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"
+)  # fmt: skip
+"""States of jobs that will not run any more. One that is preempted and requeued is PENDING."""
 USABLE = ("idle", "alloc", "mix", "comp", "resv", "plnd")
 """States of nodes that can be given to a job, now or later."""
 PROBE_S = 8.0
@@ -132,7 +134,7 @@ def fate(job_id: str, patience_s: float = PATIENCE_S) -> Literal["runs", "requeu
         return "requeued"  # it has no time of starting any more
     if state in ("CANCELLED", "COMPLETING"):
         return "cancelled"
-    return "ended" if state in ("", *GONE, "PREEMPTED") else "runs"
+    return "ended" if state in ("", *GONE) else "runs"
 
 
 def end_time(job_id: str, patience_s: float = 0.0) -> float | None:
