@@ -21,7 +21,7 @@ STEPS, EVERY = 24, 6
 """Updates of a run, and between its checkpoints."""
 SLOW = "sleep0.15@all,progress:training#*"
 """So that a fault meets a run that still trains."""
-LIMIT_S = 240
+LIMIT_S = 400
 
 
 class SlurmJob:
