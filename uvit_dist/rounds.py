@@ -19,7 +19,7 @@ from uvit_dist import faults, slurm, watchdog
 from uvit_dist.beats import BeatServer, RankView, alive
 from uvit_dist.config_cluster import Order
 from uvit_dist.errors import HANG_EXIT_CODE, UnavailableError
-from uvit_dist.verdicts import STARTING, Limits, Verdict, judge, verdict_of_end
+from uvit_dist.verdicts import FAILURES, STARTING, Limits, Verdict, judge, verdict_of_end
 
 LOOK_S = 0.2
 STACKS_S = 2.0
@@ -87,7 +87,7 @@ class Round:
             views = self.server.views()
         stopping = self._told or self._was_told_to_end
         verdict = verdict_of_end(views, srun.returncode or 0, verdict, stopping, self.independent)
-        if not safe:
+        if not safe and verdict.cause in FAILURES:
             where = f"no process starts on {', '.join(lost)}" if lost else "SLURM cannot end the step"
             verdict = Verdict("node_lost", f"{verdict.reason}; {where}", 1)
         blamed = lost or list(dict.fromkeys(views[rank].host for rank in verdict.ranks if views[rank].host))

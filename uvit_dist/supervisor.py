@@ -23,7 +23,7 @@ from uvit_dist.follow_ups import FollowUps
 from uvit_dist.notices import Notices
 from uvit_dist.rounds import Outcome, Round
 from uvit_dist.succession import Succession
-from uvit_dist.verdicts import Limits, Verdict
+from uvit_dist.verdicts import FAILURES, Limits, Verdict
 from uvit_dist.watchdog import host_name
 
 INDEPENDENT = ("precompute", "evaluate", "reference")
@@ -154,7 +154,7 @@ class Supervisor:
             job in INDEPENDENT,
         ).run()
         verdict = outcome.verdict
-        if verdict.cause in ("rank_died", "silent", "hang", "error"):
+        if verdict.cause in FAILURES and verdict.exit_code not in attempts.FINAL:
             if lost := self._lost_hosts():
                 outcome = replace(outcome, verdict=_lost(f"{verdict.reason}; ", lost), hosts=lost)
             elif slurm.fate(self.succession.job) == "requeued":
