@@ -11,6 +11,7 @@ import secrets
 import socket
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -127,9 +128,11 @@ class Round:
         }
 
     def _free_port(self) -> int:
-        """A port that differs from round to round: what is left of an older one must not be met."""
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        number = int(os.environ["SLURM_JOB_ID"]) * 101 + restart * 11 + self.attempt
+        """A port that differs from round to round, and from run to run: what is left of an older round must not be met,
+        nor another job of this node, whose ranks may not listen yet."""
+        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+        told = f"{self.order.directory} {os.environ['SLURM_JOB_ID']} {restart} {self.attempt} {self.job}"
+        number = zlib.crc32(told.encode())
         for offset in range(PORTS):
             port = FIRST_PORT + (number + offset) % PORTS
             with socket.socket() as probe:
