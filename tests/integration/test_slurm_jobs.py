@@ -157,7 +157,7 @@ def test_16_an_evaluation_over_four_nodes_with_a_node_killed_scores_as_an_undist
     (job_id,) = jobs.launch(*arguments, fault="sleep1@all,progress:working#*")
 
     def units():
-        return list((tmp_path / "run").glob("evaluation/*/units/*.npz"))
+        return list((tmp_path / "run").glob("evaluation/*/*/*.npz"))
 
     jobs.wait_for(lambda: len(units()) >= 3, "no unit is done")
     assert len(units()) < 20, "it was too quick to be disturbed"
