@@ -49,7 +49,7 @@ def test_1_preempted_by_a_job_of_a_higher_partition(start, whole, cluster):
 
 def test_2_the_time_limit(start, whole, cluster):
     """Brought near, so that it meets a run that trains."""
-    job = start()
+    job = start(fault="sleep1@all,progress:training#*/1")
     job.wait_for_step(8)
     cluster.command("scontrol", "update", f"JobId={job.job_id}", "EndTime=now+60seconds")
     job.wait_for(lambda: job.of("requeued"), "it is not requeued")
