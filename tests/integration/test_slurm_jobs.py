@@ -127,9 +127,9 @@ def trained(data_dir, tmp_path_factory):
 
 
 def scores(run_dir):
-    """The newest scores, without what differs between runs of one evaluation."""
+    """The newest scores: all figures but the time it took."""
     newest = json.loads((run_dir / "evaluation" / "scores.jsonl").read_text().splitlines()[-1])
-    return {key: value for key, value in newest.items() if key not in ("seconds", "grid", "checkpoint")}
+    return {key: value for key, value in newest.items() if isinstance(value, int | float) and "seconds" not in key}
 
 
 def evaluate_here(data_dir, run_dir, trained):
@@ -163,14 +163,19 @@ def test_16_an_evaluation_over_four_nodes_with_a_node_killed_scores_as_an_undist
     assert len(units()) < 20, "it was too quick to be disturbed"
     kept = {path: path.stat().st_mtime_ns for path in units()}
     cluster.kill_node("n3")
-    jobs.wait_for(lambda: cluster.state(job_id) == "PENDING", "it is not requeued")  # by its supervisor, or by SLURM
-    cluster.revive_node("n3", wait=False)  # four nodes are needed
+    # The others do its part, or its supervisor or SLURM requeues it before they have; then it needs four nodes.
+    jobs.wait_for(
+        lambda: attempts.finished(jobs.events("evaluate")) or cluster.state(job_id) == "PENDING", "neither is so"
+    )
+    cluster.revive_node("n3", wait=False)
     (end,) = jobs.finished("evaluate")
     assert end["cause"] == "done", jobs.told()
     assert scores(tmp_path / "run") == whole
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done is not done again"
-    causes = ["node_lost", "done"]
-    state = assert_status_tells(tmp_path / "run", "evaluate", state="finished", cause="done", causes=causes)
+    state = assert_status_tells(tmp_path / "run", "evaluate", state="finished", cause="done")
+    *before, last = [one["cause"] for one in state["jobs"][0]["attempts"]]
+    assert last == "done"
+    assert set(before) <= {"node_lost"}
     assert state["evaluations"][-1]["step"] == whole["step"]
 
 
