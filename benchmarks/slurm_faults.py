@@ -138,7 +138,7 @@ def make_data(directory: Path) -> Path:
 
     from data_tools.precompute_latents import precompute
 
-    precompute(tiny_config(directory, directory), torch.device("cpu"))
+    precompute(tiny_config(directory, directory, "precompute.batch_size=64"), torch.device("cpu"))
     return directory
 
 

@@ -19,9 +19,9 @@ from uvit_dist import attempts
 
 STEPS, EVERY = 24, 6
 """Updates of a run, and between its checkpoints."""
-SLOW = "sleep0.15@all,progress:training#*"
+SLOW = "sleep0.3@all,progress:training#*"
 """So that a fault meets a run that still trains."""
-LIMIT_S = 240
+LIMIT_S = 400
 
 
 class SlurmJob:
@@ -46,7 +46,7 @@ class SlurmJob:
         self.profile.write_text("\n".join(lines) + "\n")
         self.changes = [
             "launch.target=slurm", "launch.nodes=2", "launch.processes_per_node=1", f"launch.cluster={self.profile}",
-            "launch.silence_s=8", "launch.hang_s=40", "launch.start_s=120", f"train.steps={STEPS}",
+            "launch.silence_s=12", "launch.hang_s=60", "launch.start_s=300", f"train.steps={STEPS}",
             f"checkpoint.every={EVERY}", "zero.stage=1",
             *changes,
         ]  # fmt: skip

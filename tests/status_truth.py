@@ -56,7 +56,8 @@ def assert_status_tells(run_dir: Path, name: str = "train", **expected: Any) -> 
         assert state["state"] == job["state"]
         assert told["checkpoint"] == (int(saved[-1].removeprefix("step-")) if saved else None)
     if (run_dir / "metrics.jsonl").exists():
-        steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        steps = [record["step"] for record in metrics if "images_per_s" in record]
         assert training["step"] <= max(steps)
         assert training["step"] >= steps[-1] or job["state"] != "finished"
         assert 0 < training["goodput"] < 1

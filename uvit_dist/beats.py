@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import selectors
 import socket
 import threading
@@ -227,6 +228,8 @@ def serve(name: str, hosts: Sequence[str], fence_s: float) -> tuple[str, BeatSer
     own = found or ""
     if own.startswith("127.") and not all((_address(host) or own).startswith("127.") for host in hosts):
         own = ""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each rank
     try:
         return name, BeatServer(own, fence_s)
     except OSError:

@@ -14,8 +14,8 @@ from uvit_dist.config_cluster import Order, job_directory
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import UnavailableError
 
-AGAIN_S, ASKED_S = 60.0, 60.0
-"""Seconds between two tries to submit; between two questions to the scheduler about jobs that do not say their end."""
+AGAIN_S, SELDOM_S, ASKED_S = 60.0, 3600.0, 60.0
+"""Seconds to the next try to submit, at first and at most; between questions to the scheduler about silent jobs."""
 _STEP = re.compile(r"step-(\d{8,})")
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class FollowUps:
     def __init__(self, order: Order) -> None:
         self._order, self._done = order, set[int]()
         self._try_at = self._ask_at = time.monotonic()
+        self._pause = AGAIN_S
 
     def see(self) -> None:
         """Submit what new checkpoints call for; let go of those that are done with. Never raises."""
@@ -39,8 +40,9 @@ class FollowUps:
                 if step not in self._done:
                     self._follow(step, ask)
         except Exception as error:  # noqa: BLE001 - an evaluation must not stop training
-            self._try_at = time.monotonic() + AGAIN_S
-            log.warning("follow-ups: %s: %s; tried again in %g s", type(error).__name__, error, AGAIN_S)
+            self._try_at = time.monotonic() + self._pause
+            log.warning("follow-ups: %s: %s; tried again in %g s", type(error).__name__, error, self._pause)
+            self._pause = min(2 * self._pause, SELDOM_S)
 
     def _follow(self, step: int, ask: bool) -> None:
         ended = True
@@ -70,6 +72,7 @@ class FollowUps:
             "checkpoint": checkpoint,
         }
         (job_id,) = orders.place([self._order.model_copy(update=changes)], config)
+        self._pause = AGAIN_S
         log.info("checkpoint of step %d: %s is job %s", step, job, job_id)
 
 

@@ -11,7 +11,7 @@ from uvit_dist import slurm
 from uvit_dist.attempts import this_job
 from uvit_dist.errors import UnavailableError
 
-ASK_S = 30.0
+ASK_S = 10.0
 """Seconds between questions for the time limit, which may be moved; more often once a stop was asked for."""
 LAST_S = 10.0
 """Seconds before the limit at which ranks that have not saved are ended, so that the requeue is still ours."""

@@ -18,7 +18,6 @@ def check(config: Config, job: str) -> list[str]:
     Raises ``UserError`` of the right kind.
     """
     storage.configure(config.storage)
-    _require_writable(config.run_dir)
     unknown = []
     for key, path in inputs(config, job):
         try:
@@ -28,6 +27,7 @@ def check(config: Config, job: str) -> list[str]:
                 _require_there(key, path)
         except UnavailableError as error:
             unknown.append(f"{key} {path} was not checked: {error}")
+    _require_writable(config.run_dir)
     return unknown
 
 

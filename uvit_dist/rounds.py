@@ -11,21 +11,24 @@ import secrets
 import socket
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from uvit_dist import faults, slurm, watchdog
 from uvit_dist.beats import BeatServer, RankView, alive
 from uvit_dist.config_cluster import Order
 from uvit_dist.errors import HANG_EXIT_CODE, UnavailableError
-from uvit_dist.verdicts import STARTING, Limits, Verdict, judge, verdict_of_end
+from uvit_dist.verdicts import FAILURES, STARTING, Limits, Verdict, judge, verdict_of_end
 
 LOOK_S = 0.2
 STACKS_S = 2.0
 """Seconds that ranks have to show their stacks before they are sent a signal, and again before they are ended."""
 END_S = 60.0
 """Seconds that an ended step may stay listed before its hosts are taken for lost."""
-DIE_S = 3.0
+DIE_S, KILL_S = 3.0, 2.0
+"""Seconds until srun is killed; between orders to kill the step."""
 FIRST_PORT, PORTS = 20_000, 12_000
 """Ports of the ranks' rendezvous: below those that systems give away by themselves."""
 log = logging.getLogger("uvit_dist.supervisor")
@@ -85,7 +88,7 @@ class Round:
             views = self.server.views()
         stopping = self._told or self._was_told_to_end
         verdict = verdict_of_end(views, srun.returncode or 0, verdict, stopping, self.independent)
-        if not safe:
+        if not safe and verdict.cause in FAILURES:
             where = f"no process starts on {', '.join(lost)}" if lost else "SLURM cannot end the step"
             verdict = Verdict("node_lost", f"{verdict.reason}; {where}", 1)
         blamed = lost or list(dict.fromkeys(views[rank].host for rank in verdict.ranks if views[rank].host))
@@ -125,9 +128,11 @@ class Round:
         }
 
     def _free_port(self) -> int:
-        """A port that differs from round to round: what is left of an older one must not be met."""
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        number = int(os.environ["SLURM_JOB_ID"]) * 101 + restart * 11 + self.attempt
+        """A port that differs from round to round, and from run to run: what is left of an older round must not be met,
+        nor another job of this node, whose ranks may not listen yet."""
+        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+        told = f"{self.order.directory} {os.environ['SLURM_JOB_ID']} {restart} {self.attempt} {self.job}"
+        number = zlib.crc32(told.encode())
         for offset in range(PORTS):
             port = FIRST_PORT + (number + offset) % PORTS
             with socket.socket() as probe:
@@ -192,34 +197,42 @@ class Round:
     def _end(self, srun: subprocess.Popen[bytes], job_id: str, name: str) -> tuple[bool, list[str]]:
         """End what is left of the step. Returns whether no rank lives, and the hosts that are lost, where they may."""
         self.server.tell_all(die=True)
-        began, probed = time.monotonic(), False
-        while True:
-            passed, listed = time.monotonic() - began, self._kill(job_id, name)
-            if srun.poll() is None and passed > DIE_S:
-                srun.kill()
-            left = [view for view in self.server.views() if view.connected]
-            if srun.poll() is not None and (listed is False or (listed is None and not left)):
-                return True, []
-            if passed > 2 * DIE_S and srun.poll() is not None and not probed:
-                probed = True
-                try:
-                    lost = slurm.lost_hosts(job_id, self.hosts, watchdog.host_name())
-                except UnavailableError:
-                    lost = []
-                if lost:
-                    return False, lost
-            if passed > END_S:
-                srun.kill()
-                srun.wait()
-                return False, sorted({view.host for view in left})
-            time.sleep(LOOK_S)
+        began, kill_at, listed = time.monotonic(), 0.0, None
+        with ThreadPoolExecutor(1) as pool:
+            lost = pool.submit(self._lost_hosts, job_id) if srun.poll() is None else None
+            while True:
+                passed = time.monotonic() - began
+                listed = self._listed(job_id, name)
+                if listed and passed >= kill_at:
+                    kill_at = passed + KILL_S
+                    for step in listed:
+                        slurm.signal_step(step, "KILL")
+                if srun.poll() is None and passed > DIE_S:
+                    srun.kill()
+                views = self.server.views()
+                left = [view for view in views if view.connected]
+                seen_to_end = not left and all(view.heard_at for view in views)
+                if srun.poll() is not None and (listed == [] or (listed is None and seen_to_end)):
+                    return True, []
+                if lost is None and passed > DIE_S:
+                    lost = pool.submit(self._lost_hosts, job_id)
+                if lost is not None and lost.done() and lost.result() and srun.poll() is not None:
+                    return False, lost.result()
+                if passed > END_S:
+                    srun.kill()
+                    srun.wait()
+                    return False, sorted({view.host for view in left})
+                time.sleep(LOOK_S)
 
-    def _kill(self, job_id: str, name: str) -> bool | None:
-        """Kill all processes of the step. Returns whether SLURM still lists it; none where it does not answer."""
+    def _listed(self, job_id: str, name: str) -> list[str] | None:
+        """The step, if SLURM still lists it; none where it does not answer."""
         try:
-            listed = slurm.steps(job_id, name)
+            return slurm.steps(job_id, name)
         except UnavailableError:
             return None
-        for step in listed:
-            slurm.signal_step(step, "KILL")
-        return bool(listed)
+
+    def _lost_hosts(self, job_id: str) -> list[str]:
+        try:
+            return slurm.lost_hosts(job_id, self.hosts, watchdog.host_name())
+        except UnavailableError:
+            return []

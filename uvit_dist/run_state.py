@@ -38,7 +38,7 @@ def run_state(run_dir: str | Path, now: float | None = None) -> Json:
     """
     directory, now = Path(run_dir), time.time() if now is None else now
     jobs = [job_state(path.parent) for path in sorted(directory.glob(f"launch/*/{attempts.FILE}"))]
-    lines = _json_lines(directory / METRICS)
+    lines = [line for line in _json_lines(directory / METRICS) if "images_per_s" in line]  # not those of evaluations
     holder = _holder(directory / ".lock")
     if not jobs and not lines and holder is None and not (directory / "checkpoints").is_dir():
         raise MissingInputError(

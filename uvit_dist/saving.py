@@ -100,6 +100,7 @@ class Saver:
         Raises ``OutputError`` on every rank where too many saves have failed, or, with must_succeed, the last one has.
         """
         while self._manifest is not None:
+            watchdog.progress("saving")
             if not self._voted:
                 self._vote()
             else:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +27,15 @@ PATIENCE_S = 300.0
 """Seconds for which a controller that does not answer is asked again."""
 PAUSE_S = 2.0
 UNKNOWN = ("Invalid job id", "Invalid job array", "job not found", "pending execution", "disabled")
-GONE = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-"""States of jobs that will not run any more. PREEMPTED may still be requeued."""
+GONE = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"
+)  # fmt: skip
+"""States of jobs that will not run any more. One that is preempted and requeued is PENDING."""
 USABLE = ("idle", "alloc", "mix", "comp", "resv", "plnd")
 """States of nodes that can be given to a job, now or later."""
-PROBE_S = 12.0
+PROBE_S = 8.0
 """Seconds that a host has to start a process."""
+log = logging.getLogger("uvit_dist.supervisor")
 _GROUP = re.compile(r"[^,\[\]]*(?:\[[^\]]*\][^,\[\]]*)*")
 
 
@@ -129,7 +134,7 @@ def fate(job_id: str, patience_s: float = PATIENCE_S) -> Literal["runs", "requeu
         return "requeued"  # it has no time of starting any more
     if state in ("CANCELLED", "COMPLETING"):
         return "cancelled"
-    return "ended" if state in ("", *GONE, "PREEMPTED") else "runs"
+    return "ended" if state in ("", *GONE) else "runs"
 
 
 def end_time(job_id: str, patience_s: float = 0.0) -> float | None:
@@ -216,22 +221,25 @@ def steps(job_id: str, name: str) -> list[str]:
     return [words[0] for words in (line.split() for line in lines) if len(words) == 2 and words[1] == name]
 
 
-def signal_step(step: str, name: str) -> bool:
-    """Send a signal (USR1, CONT, KILL) to all processes of a step. Returns whether SLURM took the order."""
-    try:
-        _call(["scancel", f"--signal={name}", step])
-    except _Failed:
-        return False
-    return True
+def signal_step(step: str, name: str) -> None:
+    """Have a signal (USR1, CONT, KILL) sent to all processes of a step. Does not wait: it takes long on a lost host."""
+    command = ["scancel", f"--signal={name}", step]
+    threading.Thread(target=_try, args=(command,), name="scancel", daemon=True).start()
+
+
+def _try(command: Sequence[str]) -> None:
+    with contextlib.suppress(_Failed):
+        _call(command)
 
 
 def probe(host: str) -> bool:
     """Whether a host of this allocation starts a process within seconds."""
-    options = ["--overlap", "--no-kill", "--immediate=8", "--mem=0", "--input=none", "--cpus-per-task=1"]
+    options = ["--overlap", "--no-kill", "--immediate=5", "--mem=0", "--input=none", "--cpus-per-task=1"]
     command = ["srun", *options, f"--nodelist={host}", "--nodes=1", "--ntasks=1", "--job-name=probe", "true"]
     try:
         _call(["timeout", "-k1", f"{PROBE_S - 2:g}", *command], PROBE_S)
-    except _Failed:
+    except _Failed as error:
+        log.info("no process starts on %s: %s", host, error.words.splitlines()[0])
         return False
     return True
 

@@ -80,19 +80,19 @@ def _job(job: Mapping[str, Any]) -> list[str]:
     lines = [head + (f"; {', '.join(counts)}" if counts else "")]
     if len(job["attempts"]) > ATTEMPTS:
         lines.append(f"    … {len(job['attempts']) - ATTEMPTS} earlier attempts: --json")
-    told = [(one["began"], _attempt(one)) for one in job["attempts"][-ATTEMPTS:]]
+    told = [(one["began"], _attempt(one, job["name"] == "train")) for one in job["attempts"][-ATTEMPTS:]]
     for one in job["other_faults"][-ATTEMPTS:]:
         told.append((one["ended"], f"        {_date(one['ended'])}  {one['cause']}: {one['reason']}"))
     return lines + [line for _, line in sorted(told)]
 
 
-def _attempt(one: Mapping[str, Any]) -> str:
+def _attempt(one: Mapping[str, Any], trains: bool) -> str:
     origin = "the beginning" if one["from_step"] is None else f"step {one['from_step']}"
     text = f"    {one['attempt']:>2}  {_date(one['began'])}  job {one['job_id']} on {_hosts(one['hosts'])}"
-    text += f", from {origin}: "
+    text += f", from {origin}: " if trains else ": "
     if one["ended"] is None:
         return text + ("starting" if one["running"] is None else "running")
-    reached = "" if one["last_step"] is None else f" at step {one['last_step']}"
+    reached = f" at step {one['last_step']}" if trains and one["last_step"] is not None else ""
     text += f"{one['cause']}{reached}, after {_time(one['ended'] - one['began'])}"
     return text if one["reason"] == one["cause"] else f"{text}: {one['reason']}"
 

@@ -135,7 +135,7 @@ def parameters(order: Order, after: str | None = None) -> dict[str, Any]:
         count = str(order.processes_per_node)
         more["gpus-per-node"] = f"{profile.gpu_type}:{count}" if profile.gpu_type else count
     if profile.memory_gb is not None:
-        more["mem"] = f"{round(profile.memory_gb * 1e9 / 2**20)}M"
+        more["mem"] = f"{round(profile.memory_gb * 1e9 / 2**20)}M" if profile.memory_gb else "0"
     given = {
         "partition": profile.partition,
         "account": profile.account,

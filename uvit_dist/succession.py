@@ -71,8 +71,11 @@ class Succession:
         mine = [event for event in events if event["event"] == "submitted" and event["job_id"] == self.job]
         if mine and mine[-1].get("guard_of") and self._restart == 0:
             before = mine[-1]["guard_of"]
+            waited = events[-1]["event"] == "requeued" and events[-1]["job_id"] == before
             with contextlib.suppress(UnavailableError):
-                if slurm.job_state(before) == "CANCELLED":
+                state = slurm.job_state(before)
+                # SLURM forgets jobs; one that was gone while it waited in the queue has been cancelled there
+                if state == "CANCELLED" or (state is None and waited):
                     reason = f"job {before} was cancelled"
                     log.info("%s: nothing to do", reason)
                     self._record.add(

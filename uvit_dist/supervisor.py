@@ -23,7 +23,7 @@ from uvit_dist.follow_ups import FollowUps
 from uvit_dist.notices import Notices
 from uvit_dist.rounds import Outcome, Round
 from uvit_dist.succession import Succession
-from uvit_dist.verdicts import Limits, Verdict
+from uvit_dist.verdicts import FAILURES, Limits, Verdict
 from uvit_dist.watchdog import host_name
 
 INDEPENDENT = ("precompute", "evaluate", "reference")
@@ -154,8 +154,12 @@ class Supervisor:
             job in INDEPENDENT,
         ).run()
         verdict = outcome.verdict
-        if verdict.cause in ("rank_died", "silent", "hang", "error") and (lost := self._lost_hosts()):
-            outcome = replace(outcome, verdict=_lost(f"{verdict.reason}; ", lost), hosts=lost)
+        if verdict.cause in FAILURES and verdict.exit_code not in attempts.FINAL:
+            if lost := self._lost_hosts():
+                outcome = replace(outcome, verdict=_lost(f"{verdict.reason}; ", lost), hosts=lost)
+            elif slurm.fate(self.succession.job) == "requeued":
+                told = f"{verdict.reason}; SLURM has requeued the job: a node failed, or it was preempted"
+                outcome = replace(outcome, verdict=Verdict("node_lost", told, 1))
         if self.notices.cancelled and verdict.cause != "done":
             ended = Verdict("cancelled", f"cancelled; {verdict.reason}", INTERRUPTED_EXIT_CODE)
             outcome = replace(outcome, verdict=ended)

@@ -19,6 +19,8 @@ STARTING = ("", "starting", "joining", "preparing", "first step")
 """Phases that may take ``start_s``: imports, resuming, compiling."""
 BOUNDED_BY_ITSELF = ("copying",)
 """Phases of one rank alone, whose requests to a server have limits of their own."""
+FAILURES = ("rank_died", "error", "silent", "hang")
+"""Causes that another attempt may mend, in order of how sure they are."""
 ENDED_WELL = (0, INTERRUPTED_EXIT_CODE)
 
 
@@ -57,7 +59,7 @@ def judge(views: Sequence[RankView], now: float, began: float, limits: Limits, i
         waited_for = {view.rank for view in views if view.end is None}
         if not waited_for or waited_for - troubled.keys():
             return None
-    for cause in ("rank_died", "error", "silent", "hang"):
+    for cause in FAILURES:
         ranks = [view for view in views if troubled.get(view.rank, ("",))[0] == cause]
         if cause == "hang":
             ranks = furthest_behind([view for view in alive(views) if view.rank in troubled])

@@ -115,10 +115,16 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(data_dir, tmp_path, start):
     assert workers_of(tmp_path) == []
 
 
-def test_slurm_is_refused_with_what_to_do_instead(tmp_path):
-    done = launch("launch.target=slurm", f"run_dir={tmp_path}/run")
+def test_without_slurm_it_says_what_to_do_instead(tmp_path):
+    environment = {**os.environ, "PATH": os.path.dirname(sys.executable)}
+    done = subprocess.run(
+        [sys.executable, "-m", "uvit_dist.launch", "--config", DEMO, "launch.target=slurm", f"run_dir={tmp_path}/run"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert done.returncode == 78
-    assert "add --local N" in done.stderr
+    for remedy in ("--local N", "--dry-run", "slurm/rehearsal"):
+        assert remedy in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_started_by_torchrun_or_one_alone(data_dir, tmp_path):

@@ -49,7 +49,7 @@ def test_the_script_says_what_the_order_and_the_profile_say(tmp_path):
     options = sbatch_options(text)
     for name, value in {
         "partition": "gpu", "account": "a", "qos": "q", "constraint": "h100", "exclude": "n1,n2", "exclusive": "",
-        "time": "90", "cpus-per-task": "12", "mem": "0M", "gpus-per-node": "h100:8", "gres-flags": "enforce-binding",
+        "time": "90", "cpus-per-task": "12", "mem": "0", "gpus-per-node": "h100:8", "gres-flags": "enforce-binding",
         "overcommit": "", "signal": "B:USR2@120", "requeue": "", "nodes": "4", "ntasks-per-node": "8",
         "chdir": str(tmp_path), "job-name": "run:train", "open-mode": "append",
     }.items():  # fmt: skip

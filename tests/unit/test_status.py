@@ -177,7 +177,8 @@ def test_lines_cut_by_a_kill_are_passed_over(tmp_path):
 
 
 def test_a_local_run_is_running_while_its_lock_is_held(tmp_path):
-    write_metrics(tmp_path, line(4, when=1000.0))
+    write_metrics(tmp_path, line(4, when=1000.0), {"step": 2, "evaluation": {"fid": 3.0}})
+    assert run_state(tmp_path)["training"]["step"] == 4, "a line of an evaluation is none of the training"
     assert run_state(tmp_path)["state"] == "not running"
     assert run_state(tmp_path)["training"]["goodput"] == pytest.approx(1.0)
     with open(tmp_path / ".lock", "w") as file:
