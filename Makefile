@@ -4,6 +4,7 @@
 # make test-s3  the tests against a real S3 server, which they start
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
+# make bench-eval OFFICIAL=DIR  distances, image path and guided sampling of an evaluation against the official code
 # make bench-checkpoint  how long training stands still for a checkpoint
 # make soak  for hours: more seeds of the tests that kill at random
 # make bench-shuffle  how well ImageNet's shards are shuffled
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-checkpoint bench-shuffle
+.PHONY: env check unit test test-s3 soak demo clean bench-data bench-precompute bench-eval bench-checkpoint bench-shuffle
 
 env: $(VENV)/.installed
 
@@ -47,6 +48,9 @@ bench-data: env
 
 bench-precompute: env
 	$(RUN) -m benchmarks.precompute --official "$(OFFICIAL)"
+
+bench-eval: env
+	$(RUN) -m benchmarks.evaluation --official "$(OFFICIAL)"
 
 bench-checkpoint: env
 	$(RUN) -m benchmarks.checkpoint
