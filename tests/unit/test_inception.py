@@ -21,6 +21,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from data_tools import fid_reference
 from data_tools.fid_reference import write_reference
+from tests.inception_weights import StateDict, random_weights
 from tests.tiny import tiny_config
 from uvit_dist.errors import DataError, MissingInputError
 from uvit_dist.evaluation.reference import read_reference
@@ -29,30 +30,10 @@ from uvit_dist.models.features import EXTRACTORS, to_unit_range
 from uvit_dist.models.inception import FEATURES, Inception, load_inception, resize_as_tensorflow_1
 from uvit_dist.scores.kinds import PIXELS, POOL, WIDTHS
 
-StateDict = dict[str, torch.Tensor]
-
 
 @pytest.fixture(scope="module")
 def weights() -> StateDict:
-    """Random weights under pytorch-fid's own names, scaled so that activations neither vanish nor explode.
-
-    Some layers lack num_batches_tracked, as files of old versions of torch do.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(torchvision.models.Inception3, "load_state_dict", lambda *_: None)
-        names = pytorch_fid.inception.fid_inception_v3().state_dict()
-    drawn = torch.Generator().manual_seed(0)
-    for name, value in names.items():
-        if value.ndim == 4:
-            value.normal_(std=(2 / value[0].numel()) ** 0.5, generator=drawn)
-        elif name.endswith("running_var"):
-            value.uniform_(0.5, 1.5, generator=drawn)
-        elif name.endswith(("bn.bias", "running_mean")):
-            value.normal_(std=0.2, generator=drawn)
-    return {
-        name: value for name, value in names.items() if not name.startswith("Mixed_7c") or "num_batches" not in name
-    }
+    return random_weights()
 
 
 @pytest.fixture(scope="module")
