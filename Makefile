@@ -6,6 +6,7 @@
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
 # make bench-slurm  seconds lost to each kind of fault, on the rehearsal cluster
+# make bench-eval OFFICIAL=DIR  distances, image path and guided sampling of an evaluation against the official code
 # make bench-checkpoint  how long training stands still for a checkpoint
 # make soak  for hours: more seeds of the tests that kill at random
 # make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
@@ -17,7 +18,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
-  bench-slurm
+  bench-slurm bench-eval
 
 env: $(VENV)/.installed
 
@@ -55,6 +56,9 @@ bench-data: env
 
 bench-precompute: env
 	$(RUN) -m benchmarks.precompute --official "$(OFFICIAL)"
+
+bench-eval: env
+	$(RUN) -m benchmarks.evaluation --official "$(OFFICIAL)"
 
 bench-checkpoint: env
 	$(RUN) -m benchmarks.checkpoint

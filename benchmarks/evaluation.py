@@ -262,7 +262,10 @@ def c7(official: Path, count: int) -> dict[str, Any]:
     ours = UViT(**NETWORK).eval().requires_grad_(False)
     ours.load_state_dict(theirs.state_dict())
     sides = {"ours": our_sampler(ours), "official": official_sampler(official, theirs)}
-    inputs = {batch: (torch.randn(batch, 4, 32, 32), torch.randint(0, CLASSES, (batch,))) for batch in (2, 16)}
+    inputs = {
+        batch: (torch.randn(batch, 4, NETWORK["img_size"], NETWORK["img_size"]), torch.randint(0, CLASSES, (batch,)))
+        for batch in (2, 16)
+    }
     x0 = {name: sample(*inputs[2]) for name, sample in sides.items()}
     error = (x0["ours"] - x0["official"]).abs().max().item()
     other = (sides["ours"](inputs[2][0], (inputs[2][1] + 1) % CLASSES) - x0["official"]).abs().max().item()
@@ -295,6 +298,7 @@ def main() -> int:
         print(f"error: {arguments.official}: no checkout of github.com/baofff/U-ViT; {COMMAND}", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # sqrtm's argument disp
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         print(memory_of(official, arguments.memory_of))

@@ -10,8 +10,8 @@ from typing import Any
 
 from uvit_dist import storage
 
-DISTANCES = ("fid", "frechet_distance")
-"""Scores by which checkpoints are ranked, the lower the better: a record has one of them."""
+DISTANCES = ("fid", "adm_fid", "frechet_distance")
+"""Scores by which checkpoints are ranked, the lower the better: the first that a record has."""
 
 
 def path_of(run_dir: str | Path) -> Path:

@@ -135,7 +135,7 @@ def test_scores_and_picture_are_written_and_say_what_they_are_of(data_dir, run_d
     assert {"frechet_distance", "frechet_distance_real_halves", "class_accuracy", "recall"} <= scores.keys()
     expected = {
         "step": 10, "weights": "ema", "samples": 60, "cfg_scale": 1.5, "solver": "dpm_solver_pp", "solver_steps": 4,
-        "precision": "fp32", "seed": 1234, "labels": "classes, uniform", "sub_batch_size": 8, "of_run": True,
+        "sample_precision": "fp32", "seed": 1234, "labels": "classes, uniform", "sub_batch_size": 8, "of_run": True,
         "reference": f"{data_dir}/reference.npz", "checkpoint": f"{run_dir}/checkpoints/step-00000010",
     }  # fmt: skip
     assert {name: scores[name] for name in expected} == expected
@@ -174,7 +174,7 @@ def mean_of(run_dir):
     names = ["chunk-000000", "chunk-000001", "chunk-000002", "chunk-000003-of-12"]
     directory = next(path.parent for path in (run_dir / "evaluation").glob("*/scores-60.json")
                      if json.loads(path.read_text())["cfg_scale"] == 1.5 and "-ema-" in str(path)
-                     and json.loads(path.read_text())["precision"] == "fp32"
+                     and json.loads(path.read_text())["sample_precision"] == "fp32"
                      and json.loads(path.read_text())["sub_batch_size"] == 8)  # fmt: skip
     with spooled(WorkDirectory(str(directory / "chunks"), names), ["pixels"], 60) as spool:
         return spool.moments("pixels").mean

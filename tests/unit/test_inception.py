@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_fid.inception
 import torch
 import torchvision
+from PIL import Image
+from pytorch_fid.fid_score import calculate_fid_given_paths
 from pytorch_fid.inception import InceptionV3
+from torch.nn.functional import interpolate
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from data_tools import fid_reference
+from data_tools.fid_reference import write_reference
+from tests.inception_weights import StateDict, random_weights
+from tests.tiny import tiny_config
 from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.evaluation.reference import read_reference
+from uvit_dist.fid import frechet_distance
+from uvit_dist.models.features import EXTRACTORS, to_unit_range
 from uvit_dist.models.inception import FEATURES, Inception, load_inception, resize_as_tensorflow_1
-from uvit_dist.scores.kinds import POOL, WIDTHS
-
-StateDict = dict[str, torch.Tensor]
+from uvit_dist.scores.kinds import PIXELS, POOL, WIDTHS
 
 
 @pytest.fixture(scope="module")
 def weights() -> StateDict:
-    """Random weights under pytorch-fid's own names, scaled so that activations neither vanish nor explode.
-
-    Some layers lack num_batches_tracked, as files of old versions of torch do.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(torchvision.models.Inception3, "load_state_dict", lambda *_: None)
-        names = pytorch_fid.inception.fid_inception_v3().state_dict()
-    drawn = torch.Generator().manual_seed(0)
-    for name, value in names.items():
-        if value.ndim == 4:
-            value.normal_(std=(2 / value[0].numel()) ** 0.5, generator=drawn)
-        elif name.endswith("running_var"):
-            value.uniform_(0.5, 1.5, generator=drawn)
-        elif name.endswith(("bn.bias", "running_mean")):
-            value.normal_(std=0.2, generator=drawn)
-    return {
-        name: value for name, value in names.items() if not name.startswith("Mixed_7c") or "num_batches" not in name
-    }
+    return random_weights()
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +118,51 @@ def test_both_protocols_on_64_images(file: Path, theirs: InceptionV3) -> None:
         assert relative_difference(features[POOL], theirs(batch.float() / 255)[0].flatten(1)) < 1e-5
         assert relative_difference(features["adm_pool3"], pool) < 1e-5
         assert relative_difference(features["adm_logits"], logits) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_whole_path_on_500_images(
+    file: Path, weights: StateDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folders of PNG files: pytorch-fid with 192 features, and ours by units of work, moments and distance."""
+    draw = np.random.default_rng(0)
+    for side in range(2):
+        for number in range(500):
+            folder = tmp_path / f"{side}"
+            folder.mkdir(exist_ok=True)
+            low = draw.integers(0, 200 + 20 * side, (6, 6, 3), dtype=np.uint8)
+            Image.fromarray(low).resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{number:03d}.png")
+    network = load_inception(file).network
+    layers = [network.Conv2d_1a_3x3, network.Conv2d_2a_3x3, network.Conv2d_2b_3x3, network.maxpool1,
+              network.Conv2d_3b_1x1, network.Conv2d_4a_3x3, network.maxpool2]  # fmt: skip
+    stem = torch.nn.Sequential(*layers)
+
+    def extract(images: torch.Tensor, texts: object = None) -> dict[str, torch.Tensor]:
+        scaled = interpolate(to_unit_range(images), size=(299, 299), mode="bilinear", align_corners=False)
+        with torch.inference_mode():
+            return {PIXELS: stem(2 * scaled - 1).mean((2, 3))}
+
+    monkeypatch.setitem(EXTRACTORS, "pixels_8x8", extract)
+    monkeypatch.setattr(fid_reference, "UNIT", 130)
+    moments = []
+    for side in range(2):
+        config = tiny_config(tmp_path, tmp_path / f"run-{side}", "data.format=folder", f"data.source={tmp_path}/{side}",
+                             "data.crop=none", "model.num_classes=-1", "diffusion.null_label=null",
+                             "diffusion.label_dropout=0", "sample.cfg_scale=0", "evaluate.features=pixels_8x8",
+                             "evaluate.scores=[frechet_distance]", "evaluate.sub_batch_size=50",
+                             "evaluate.chunk_size=50",
+                             f"evaluate.reference={tmp_path}/{side}.npz")  # fmt: skip
+        write_reference(config)
+        moments.append(read_reference(config, "pixels_8x8").moments[PIXELS])
+    ours = frechet_distance(*moments[0], *moments[1])
+
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: weights)
+    folders = [str(tmp_path / "0"), str(tmp_path / "1")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # sqrtm's argument disp
+        theirs = calculate_fid_given_paths(folders, 50, "cpu", 192, num_workers=0)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours > 1e-3
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_a_point_that_cannot_be_is_told_before_any_is_done(arguments, message):
 def test_the_table_marks_the_lowest_distance_and_says_of_what_it_is():
     def record(scale, fid):
         return {"feature_space": "inception", "fid": fid, "recall": 0.5, "samples": 10_000, "weights": "ema", "step": 7,
-                "cfg_scale": scale, "solver": "dpm_solver", "solver_steps": 50, "precision": "fp32", "seed": 1,
+                "cfg_scale": scale, "solver": "dpm_solver", "solver_steps": 50, "sample_precision": "fp32", "seed": 1,
                 "reference": "r.npz", "seconds": 1.5, "fid_real_halves": 0.1}  # fmt: skip
 
     lines = sweep.table([record(0.0, 9.31), record(0.4, 3.4)]).splitlines()

@@ -211,7 +211,7 @@ class Point:
             "cfg_scale": config.sample.cfg_scale,
             "solver": config.sample.solver,
             "solver_steps": config.sample.steps,
-            "precision": config.sample.precision,
+            "sample_precision": config.sample.precision,
             "seed": config.evaluate.seed,
             "labels": self._asked_for(),
             "sub_batch_size": config.evaluate.sub_batch_size,

@@ -70,8 +70,8 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
     """The points as Markdown, a row for each; the lowest distance is bold. What all share is told once, above."""
     first = scores[0]
     told = (
-        f"{first['samples']} images, {first['weights']} weights of step {first['step']}, {first['precision']}, seed "
-        f"{first['seed']}, against {first['reference']}"
+        f"{first['samples']} images, {first['weights']} weights of step {first['step']}, "
+        f"{first['sample_precision']}, seed {first['seed']}, against {first['reference']}"
     )
     names = [name for name in first if _is_score(name, first[name])]
     lowest = min(distance for record in scores if (distance := distance_of(record)) is not None)
