@@ -107,6 +107,7 @@ def measure(directory: Path, rounds: int, chosen: list[str]) -> dict[str, Any]:
     """The record. directory: for the runs and the cluster."""
     data_dir, found = make_data(directory / "data"), dict[str, list[dict[str, float]]]()
     equal = True
+    (directory / "whole").mkdir()
     with Cluster(directory / "cluster") as cluster:
         whole = SlurmJob(cluster, data_dir, directory / "whole" / "run", fault="").launch()
         assert whole.wait_for_end()["cause"] == "done", whole.told()

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-LONGEST_LINE = 1 << 16
+LONGEST_LINE, MOST_FILES = 1 << 16, 1 << 16
 HELLO_S = 30.0
 """Seconds that a connection has to say who it is."""
 
@@ -228,8 +228,8 @@ def serve(name: str, hosts: Sequence[str], fence_s: float) -> tuple[str, BeatSer
     own = found or ""
     if own.startswith("127.") and not all((_address(host) or own).startswith("127.") for host in hosts):
         own = ""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each rank
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))  # a connection for each rank
     try:
         return name, BeatServer(own, fence_s)
     except OSError:

@@ -26,6 +26,7 @@ COMMAND_S = 20.0
 PATIENCE_S = 300.0
 """Seconds for which a controller that does not answer is asked again."""
 PAUSE_S = 2.0
+EXCLUDE_TRIES = 5
 UNKNOWN = ("Invalid job id", "Invalid job array", "job not found", "pending execution", "disabled")
 GONE = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"
@@ -199,9 +200,12 @@ def spared(names: Sequence[str], nodes: int) -> list[str]:
 
 def exclude(job_id: str, names: Sequence[str]) -> None:
     """Have a job that was just requeued leave out hosts; where SLURM will not, nothing is done."""
-    if names:
+    if not names:
+        return
+    for _ in range(EXCLUDE_TRIES):  # SLURM's SIGTERM to all processes of the requeued job may end one
         with contextlib.suppress(_Failed):
             _call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(names)}"])
+            return
 
 
 def cancel(job_id: str, patience_s: float = 30.0) -> None:

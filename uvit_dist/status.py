@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="tell again and again, until it has finished")
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     with explained_exit():
         while True:
             state = run_state(args.run_dir)

@@ -160,8 +160,9 @@ class Succession:
                 return INTERRUPTED_EXIT_CODE
             slurm.require_scontrol()
             self._record.add("requeued", how="scontrol", reason=reason)  # before: SLURM ends this process
+            excluded = self._excluded()  # before: SLURM's SIGTERM ends a command that is under way, too
             slurm.requeue(self._raw_job)
-            slurm.exclude(self._raw_job, self._excluded())
+            slurm.exclude(self._raw_job, excluded)
             return INTERRUPTED_EXIT_CODE
         except UnavailableError as error:
             log.warning("%s", error)

@@ -13,7 +13,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import select
 import signal
 import socket
 import threading
@@ -153,9 +152,13 @@ class _Client(threading.Thread):
         """Hear what has come, for so long at most. Raises ``OSError`` where the connection is gone."""
         connection = self._socket
         assert connection is not None
-        if not select.select([connection], [], [], timeout_s)[0]:
+        connection.settimeout(timeout_s)
+        try:
+            data = connection.recv(1 << 16)
+        except TimeoutError:
             return
-        data = connection.recv(1 << 16)
+        finally:
+            connection.settimeout(CONNECT_S)
         if not data:
             raise ConnectionResetError("the supervisor is gone")
         *lines, self._received = (self._received + data).split(b"\n")

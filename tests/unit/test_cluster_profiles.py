@@ -1,5 +1,6 @@
 """Cluster profiles and orders: what is read, what is refused, and what becomes of them for sbatch and srun."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -165,3 +166,14 @@ def test_an_order_comes_back_as_it_was_written(tmp_path):
     (tmp_path / "half.json").write_text(Path(path).read_text()[:40])
     with pytest.raises(DataError, match="no order of a job"):
         read_order(tmp_path / "half.json")
+
+
+def test_a_submission_from_inside_a_job_hands_on_the_users_variables_alone(monkeypatch):
+    job = {"SLURM_JOB_ID": "12", "SUBMITIT_FOLDER": "x", "RANK": "0", "PYTHONPATH": "/code", "PYTHONSAFEPATH": "1"}
+    user = {"SLURM_CONF": "/etc/other.conf", "SBATCH_ACCOUNT": "mine", "NCCL_DEBUG": "INFO"}
+    for name, value in {**job, **user}.items():
+        monkeypatch.setenv(name, value)
+    with submit._environment_of_a_submission():
+        assert {name: os.environ.get(name) for name in user} == user
+        assert not set(job) & set(os.environ)
+    assert {name: os.environ.get(name) for name in {**job, **user}} == {**job, **user}

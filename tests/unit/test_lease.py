@@ -31,7 +31,7 @@ def test_a_second_launcher_is_refused_with_the_holder(tmp_path, states):
     assert lease.read(tmp_path).job_id == "12"
 
 
-@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "PREEMPTED"])
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"])
 def test_a_lease_is_not_broken_while_its_job_may_live(tmp_path, states, state):
     lease.confirm(tmp_path, "12")
     states["12"] = state
@@ -39,7 +39,7 @@ def test_a_lease_is_not_broken_while_its_job_may_live(tmp_path, states, state):
         lease.acquire(tmp_path)
 
 
-@pytest.mark.parametrize("state", [None, "CANCELLED", "FAILED", "NODE_FAIL", "TIMEOUT"])
+@pytest.mark.parametrize("state", [None, "CANCELLED", "FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"])
 def test_a_lease_is_broken_where_the_scheduler_says_that_its_job_is_gone(tmp_path, states, state):
     lease.confirm(tmp_path, "12")
     states["12"] = state
