@@ -94,6 +94,10 @@ def _sampling_rules(sections: Mapping[str, Any]) -> list[Rule]:
             evaluate.labels == "uniform" or model.num_classes > 0,
             f"evaluate.labels {evaluate.labels}: the model has no labels (model.num_classes {model.num_classes})",
         ),
+        (
+            "clip_score" not in evaluate.asked or model.clip_dim is not None,
+            "evaluate.scores: clip_score needs captions, and the model is not text-conditional (model.clip_dim)",
+        ),
     ]
 
 

@@ -243,6 +243,7 @@ def last_rate(run_dir: str) -> float | None:
     """The newest images_per_s of a run's metrics.jsonl, or none."""
     try:
         with open(storage.join(run_dir, "metrics.jsonl"), encoding="utf-8") as file:
-            return float(json.loads(deque(file, maxlen=1)[0])["images_per_s"])
+            lines = [line for line in deque(file, maxlen=100) if '"evaluation"' not in line]  # scores, of other jobs
+            return float(json.loads(lines[-1])["images_per_s"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.tiny import tiny_config
+from uvit_dist.config_evaluate import EvaluateConfig
 from uvit_dist.errors import ConfigError, DataError, MissingInputError
 from uvit_dist.models.clip import ClipScore, load_clip
 from uvit_dist.pretrained import load_extractor
@@ -72,9 +73,13 @@ def test_scores_are_open_clips(ours: ClipScore, theirs: torch.nn.Module, name: s
 
 
 def test_it_is_asked_for_by_the_configuration(name: str, file: Path, tmp_path: Path) -> None:
-    changes = ["evaluate.scores=[frechet_distance, clip_score]", "evaluate.features=pixels_8x8"]
-    config = tiny_config(tmp_path, tmp_path / "run", *changes, f"evaluate.clip={file}", f"evaluate.clip_model={name}")
-    extract, identity = load_extractor(config.evaluate, torch.device("cpu"))
+    changes = ["evaluate.scores=[frechet_distance, clip_score]", f"evaluate.clip={file}"]
+    with pytest.raises(ConfigError, match="clip_score needs captions"):
+        tiny_config(tmp_path, tmp_path / "run", *changes)
+    evaluate = EvaluateConfig(
+        features="pixels_8x8", scores=("frechet_distance", "clip_score"), reference="", clip=str(file), clip_model=name
+    )
+    extract, identity = load_extractor(evaluate, torch.device("cpu"))
     found = extract(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), CAPTIONS)
     assert {kind: value.shape for kind, value in found.items()} == {"pixels": (3, 192), "clip": (3, 1)}
     assert identity.startswith(f"pixels_8x8 clip {name} ")

@@ -107,6 +107,11 @@ def test_a_batch_of_other_images_is_refused(tmp_path: Path) -> None:
     config = inception(tmp_path, "adm_fid", f"evaluate.adm_reference={tmp_path}/adm.npz")
     with pytest.raises(DataError, match=r"images of 64x64, and data\.image_size is 32"):
         read_reference(config, "any")
+    (mu, sigma), (mu_s, sigma_s) = moments(ADM_POOL), moments(ADM_SPATIAL)
+    np.savez(tmp_path / "bare.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    read_reference(inception(tmp_path, "adm_fid, sfid", f"evaluate.adm_reference={tmp_path}/bare.npz"), "any")
+    with pytest.raises(DataError, match=r"scores kid: .*bare\.npz hold no statistics"):
+        read_reference(inception(tmp_path, "adm_fid, kid", f"evaluate.adm_reference={tmp_path}/bare.npz"), "any")
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     with pytest.raises(DataError, match="expected images"):
         list(images_of_batch(str(tmp_path / "floats.npz"), 2, 1))

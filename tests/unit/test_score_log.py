@@ -10,6 +10,7 @@ import wandb
 from tests.tiny import ROOT
 from uvit_dist import score_log, storage
 from uvit_dist.metrics import MetricsLog, log_scores
+from uvit_dist.preflight import last_rate
 
 
 def record(step, distance, samples=100, protocol="a", **more):
@@ -109,3 +110,12 @@ def test_scores_reach_the_metrics_and_wandb_by_one_writer(tmp_path, runs):
         (20, False),
         (20, True),
     ]
+
+
+def test_scores_among_the_metrics_do_not_hide_the_rate_of_training(tmp_path):
+    assert last_rate(str(tmp_path)) is None
+    append = score_log.append_line
+    append(tmp_path / "metrics.jsonl", {"step": 10, "images_per_s": 50.0})
+    append(tmp_path / "metrics.jsonl", {"step": 20, "images_per_s": 70.0})
+    append(tmp_path / "metrics.jsonl", {"step": 10, "evaluation": record(10, 3.0)})
+    assert last_rate(str(tmp_path)) == 70.0

@@ -182,12 +182,14 @@ def _ours(arrays: dict[str, NDArray[Any]], space: str) -> Reference:
 
 def _of_adm(key: str, path: str, arrays: dict[str, NDArray[Any]], config: Config) -> Reference:
     moments = {kind: (arrays[mu], arrays[sigma]) for kind, (mu, sigma) in KEYS_OF_ADM.items()}
-    reference = Reference(moments, batch=path)
-    _check_shapes(key, path, reference, config)
     size, ours = shape_of_batch(path), config.data.image_size
+    reference = Reference(moments, batch=path if size is not None else None)
+    _check_shapes(key, path, reference, config)
     if size is not None and size[1:] != (ours, ours, 3):
-        raise DataError(f"{key} {path}: images of {size[1]}x{size[2]}, and data.image_size is {ours}; give the batch "
-                        f"of {ours}x{ours} images")  # fmt: skip
+        raise DataError(
+            f"{key} {path}: images of {size[1]}x{size[2]}, and data.image_size is {ours}; give the batch of"
+            f" {ours}x{ours} images"
+        )
     return reference
 
 
