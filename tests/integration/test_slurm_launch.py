@@ -228,8 +228,9 @@ def test_each_checkpoint_is_evaluated_in_a_job_of_its_own(cluster, launch, tmp_p
     assert [path.name for path in sorted((run_dir / "checkpoints").glob("step-*"))] == [
         f"step-{step:08d}" for step in (4, 8, 12)
     ]  # the first was kept for its evaluation
-    scored = [path.parent.name for path in (run_dir / "evaluation").glob("*/scores.json")]
-    assert sorted(name[:13] for name in scored) == [f"step-{step:08d}" for step in (4, 8, 12)]
+    folder = run_dir / "evaluation"
+    scored = {re.search(r"step-\d{8}", str(path.relative_to(folder)))[0] for path in folder.rglob("scores*.json")}
+    assert sorted(scored) == [f"step-{step:08d}" for step in (4, 8, 12)]
 
     # What is evaluated is let go of by the next training; an evaluation that fails does not stop it.
     (tmp_path / "garbage.npz").write_bytes(b"no archive")
