@@ -121,18 +121,20 @@ def test_both_protocols_on_64_images(file: Path, theirs: InceptionV3) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_path_on_500_images(
-    file: Path, weights: StateDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_path_on_500_images(weights: StateDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two folders of PNG files: pytorch-fid with 192 features, and ours by units of work, moments and distance."""
     draw = np.random.default_rng(0)
     for side in range(2):
         for number in range(500):
             folder = tmp_path / f"{side}"
             folder.mkdir(exist_ok=True)
-            low = draw.integers(0, 200 + 20 * side, (6, 6, 3), dtype=np.uint8)
+            size = int(draw.integers(3, 33))
+            low = draw.integers(0, draw.integers(60, 200 + 50 * side), (size, size, 3), dtype=np.uint8)
             Image.fromarray(low).resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{number:03d}.png")
-    network = load_inception(file).network
+    bias = "Conv2d_4a_3x3.bn.bias"  # raised: no channel is zero for all images, and the covariance has full rank
+    weights = {**weights, bias: weights[bias] + 2}
+    torch.save(weights, tmp_path / "weights.pth")
+    network = load_inception(tmp_path / "weights.pth").network
     layers = [network.Conv2d_1a_3x3, network.Conv2d_2a_3x3, network.Conv2d_2b_3x3, network.maxpool1,
               network.Conv2d_3b_1x1, network.Conv2d_4a_3x3, network.maxpool2]  # fmt: skip
     stem = torch.nn.Sequential(*layers)
