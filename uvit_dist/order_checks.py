@@ -44,6 +44,7 @@ def inputs(config: Config, job: str) -> list[tuple[str, str]]:
         found = [("evaluate.reference", scores.reference), ("autoencoder.decoder", auto.decoder if auto else None)]
         found += [("evaluate.inception", scores.inception if scores.features == "inception" else None)]
         found += [("evaluate.captions", scores.captions), ("evaluate.checkpoint", scores.checkpoint)]
+        found += [("evaluate.adm_reference", scores.adm_reference), ("evaluate.clip", scores.clip)]
     else:
         found = [("data.source", data.source), ("data.captions", data.captions)]
         if job == "precompute":

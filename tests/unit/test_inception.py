@@ -72,6 +72,7 @@ def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
+@pytest.mark.slow
 def test_features_are_pytorch_fids(ours: Inception, theirs: InceptionV3, images: torch.Tensor) -> None:
     (features,) = ours(images).values()
     expected = theirs(images.float() / 255)[0].flatten(1)
@@ -81,6 +82,7 @@ def test_features_are_pytorch_fids(ours: Inception, theirs: InceptionV3, images:
     assert relative_difference(features[0], features[2]) > 0.01
 
 
+@pytest.mark.slow
 def test_features_of_adms_protocol_are_torch_fidelitys(file: Path, images: torch.Tensor) -> None:
     ours = load_inception(file, WIDTHS)
     kinds = ["2048", "logits_unbiased"]

@@ -20,6 +20,7 @@ for number in map(int, sys.argv[1:]):
 WARNING = "SLURM's warning: preemption, the time limit, or a user's signal"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "last"),
     [
