@@ -108,6 +108,7 @@ def test_5_a_node_dies(start, whole, cluster, which):
     if which == "other":
         assert job.of("ended")[0]["hosts"] == [node]
         assert [event["how"] for event in job.of("requeued")] == ["scontrol"]
+        assert cluster.job(job.job_id)["ExcNodeList"] == node, "it is remembered"
     assert node not in job.of("attempt")[1]["hosts"]
     assert_same_job(job, 1)
 
