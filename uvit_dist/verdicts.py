@@ -61,10 +61,11 @@ def judge(views: Sequence[RankView], now: float, began: float, limits: Limits, i
             return None
     for cause in FAILURES:
         ranks = [view for view in views if troubled.get(view.rank, ("",))[0] == cause]
-        if cause == "hang":
-            ranks = furthest_behind([view for view in alive(views) if view.rank in troubled])
+        if cause == "hang" and ranks:  # found first where it is waited for, by up to a beat
+            ranks = furthest_behind(ranks if independent else list(alive(views)))
         if ranks:
-            reasons = "; ".join(troubled[view.rank][1] for view in ranks[:4])
+            told = (troubled.get(view.rank, ("", _standing(view, now)))[1] for view in ranks[:4])
+            reasons = "; ".join(told)
             more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
             code = HANG_EXIT_CODE if cause in ("silent", "hang") else 1
             return Verdict(cause, reasons + more, code, tuple(view.rank for view in ranks))
@@ -86,8 +87,13 @@ def _trouble(view: RankView, now: float, began: float, limits: Limits) -> tuple[
     if now - view.heard_at > limits.silence_s:
         return "silent", f"{who} has been silent for {now - view.heard_at:.0f} s, while {_where(view)}"
     if now - view.progressed_at > limits.of(view.phase):
-        return "hang", f"{who} has stood still for {now - view.progressed_at:.0f} s, while {_where(view)}"
+        return "hang", _standing(view, now)
     return None
+
+
+def _standing(view: RankView, now: float) -> str:
+    who = f"rank {view.rank} on {view.host}"
+    return f"{who} has stood still for {now - view.progressed_at:.0f} s, while {_where(view)}"
 
 
 def _where(view: RankView) -> str:

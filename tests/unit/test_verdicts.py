@@ -54,6 +54,10 @@ def test_of_ranks_that_all_stand_still_the_one_behind_is_blamed():
     stuck = [view(rank, progressed_at=40.0, count=8) for rank in range(4)]
     stuck[2] = view(2, progressed_at=39.0, count=7, phase="reading")
     assert judged(*stuck).ranks == (2,)
+    stuck[2] = view(2, progressed_at=51.0, count=7, phase="reading")  # told of its last progress a beat later
+    verdict = judged(*stuck)
+    assert verdict.ranks == (2,)
+    assert "rank 2 on n2 has stood still for 49 s, while reading after step 6" in verdict.reason
 
 
 def test_starting_has_a_bound_of_its_own_and_copying_none():
