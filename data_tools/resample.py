@@ -1,18 +1,14 @@
 """Parts of a resized image, in Pillow's own arithmetic and so with its bytes, without the rest of it.
 
-``resample.c`` is compiled once, by the machine's C compiler, and kept in UVIT_DIST_CACHE, or ~/.cache/uvit_dist. Where
-that cannot be, or its bytes are not those of the Pillow that is here, ``kernel`` is none, and Pillow does the work.
+``resample.c`` is compiled once, by the machine's C compiler, and kept (``uvit_dist.compiled``). Where that cannot be,
+or its bytes are not those of the Pillow that is here, ``kernel`` is none, and Pillow does the work.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
 import subprocess
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -21,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from uvit_dist.compiled import library
 
 log = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
@@ -141,7 +139,7 @@ def _halve(pixels: Pixels) -> Pixels:
 def kernel() -> ctypes.CDLL | None:
     """The compiled functions, which release Python's lock; none where they cannot be had. Once for each process."""
     try:
-        code = ctypes.CDLL(str(_compiled()))
+        code = library(SOURCE)
     except (OSError, subprocess.SubprocessError) as error:
         log.info("no kernel for resampling (%s); Pillow resizes images, which takes longer", error)
         return None
@@ -150,20 +148,6 @@ def kernel() -> ctypes.CDLL | None:
     code.resample_rows.argtypes = [pointer, long, *[number] * 3, pointer, pointer, pointer]
     code.halve.argtypes = [pointer, long, number, number, pointer]
     return code
-
-
-def _compiled() -> Path:
-    """The library for this source and kind of machine, compiled where it is not kept yet."""
-    folder = Path(os.environ.get("UVIT_DIST_CACHE") or os.path.expanduser("~/.cache/uvit_dist"))
-    source = SOURCE.read_bytes() + " ".join((platform.machine(), *platform.libc_ver())).encode()
-    kept = folder / f"resample-{hashlib.sha256(source).hexdigest()[:16]}.so"
-    if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = f"{kept}.tmp-{uuid.uuid4().hex}"
-        command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-o", temporary, str(SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(temporary, kept)
-    return kept
 
 
 @cache

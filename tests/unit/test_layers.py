@@ -13,6 +13,7 @@ LAYERS = {
         "errors",
         "faults",
         "stopping",
+        "compiled",
         "config",
         "config_data",
         "config_evaluate",
@@ -34,6 +35,7 @@ LAYERS = {
     2: [
         "data.loader",
         "data.reader",
+        "data.ranges",
         "data.batch",
         "data.shards",
         "work",

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from uvit_dist.data.journal import Damage, Substitute
@@ -44,7 +42,10 @@ class Batch:
 
 
 class Rows:
-    """Memory for the data (and contexts) of ``count`` samples; ``data[i]``, ``contexts[i]`` are the bytes of one."""
+    """Memory for the data (and contexts) of ``count`` samples.
+
+    columns: (address, bytes of each sample) of the data, and of the contexts where there are any.
+    """
 
     def __init__(self, made: Provenance, count: int) -> None:
         self.count = count
@@ -52,8 +53,7 @@ class Rows:
         if made.text is not None:
             kind = np.dtype(made.text.dtype).newbyteorder("<")
             self._arrays.append(np.empty((count, *made.text.shape), dtype=kind))
-        self.data, *rest = (_cut(array) for array in self._arrays)
-        self.contexts = rest[0] if rest else []
+        self.columns = [(array.ctypes.data, array.nbytes // max(1, count)) for array in self._arrays]
 
     def tensors(self, pool: RowsPool | None = None) -> tuple[Tensor, Tensor | None]:
         """Data (count, *shape) and contexts (count, L, D) in this memory. It goes back to ``pool`` after their end."""
@@ -71,12 +71,6 @@ def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:
     left[0] -= 1
     if not left[0]:
         pool.give(rows)
-
-
-def _cut(array: NDArray[Any]) -> list[memoryview]:
-    whole = array.reshape(-1).view(np.uint8).data
-    size = array.nbytes // max(1, len(array))
-    return [whole[number * size : (number + 1) * size] for number in range(len(array))]
 
 
 class RowsPool:

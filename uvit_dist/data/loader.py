@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from uvit_dist.data.batch import Batch, Rows, RowsPool
 from uvit_dist.data.journal import Damage, Journal, Substitute, stand_ins
@@ -23,14 +24,17 @@ STAND_INS_TRIED = 16
 
 @dataclass
 class _Block:
-    """A block on its way, in the order it is served. planned, ids, labels: (n,); ids: with substitutes in place.
+    """A block on its way, in the order it is served. planned, ids, labels, steps, slots: (n,) int64.
 
-    failed: place → why the sample could not be read.
+    ids: planned, with substitutes in place; steps, slots: of each sample, and its place in that batch; failed: place →
+    why the sample could not be read.
     """
 
     planned: Ids
     ids: Ids
     labels: Ids
+    steps: Ids
+    slots: Ids
     failed: dict[int, str] = field(default_factory=dict)
     parts: list[Future[None]] = field(default_factory=list)
 
@@ -124,51 +128,41 @@ class ShardLoader:
     def _request(self, epoch: int, lane: int, number: int, now: int) -> _Block:
         """Have a block read: each sample to its place in the batch of its step, if that step is still to come."""
         plan, span = self.plan, self.plan.block(epoch, lane, number)
-        count = len(span.order)
         runs = [self._index.starts[shard] + np.arange(first, first + n) for shard, first, n in span.pieces]
         planned = np.concatenate(runs)[span.order]
-        block = _Block(planned, planned.copy(), np.full(count, -1, dtype=np.int64))
-        places = number * plan.block_size + np.arange(count)
-        steps = (epoch * plan.steps_per_epoch + places // plan.per_lane).tolist()
-        slots = ((lane - self._lanes.start) * plan.per_lane + places % plan.per_lane).tolist()
-        skipped = {s for s in set(steps) if any(a <= s <= b for a, b in self.journal.skipped_steps)}
-        served = np.empty(count, dtype=np.int64)
-        served[span.order] = np.arange(count)
-        rows = {s: self._rows_of(s) for s in sorted(set(steps)) if s >= now and s not in skipped}
-        targets: list[tuple[Rows, int] | None] = [
-            (rows[s], slot) if s in rows else None for s, slot in zip(steps, slots, strict=True)
-        ]
-        self._divert(block, epoch, steps, targets)
-        done = 0
-        for piece in span.pieces:
-            for shard, first, n in self._reader.cut(*piece):
-                where = served[done : done + n]
-                part = Part(shard, first, [targets[place] for place in where.tolist()])
-                if any(target is not None for target in part.rows):
-                    self._submit(block, part, epoch, where)
-                done += n
+        places = number * plan.block_size + np.arange(len(planned))
+        steps = epoch * plan.steps_per_epoch + places // plan.per_lane
+        slots = (lane - self._lanes.start) * plan.per_lane + places % plan.per_lane
+        block = _Block(planned, planned.copy(), np.full(len(planned), -1, dtype=np.int64), steps, slots)
+        wanted = steps >= now
+        for first, last in self.journal.skipped_steps:
+            wanted &= (steps < first) | (steps > last)
+        self._divert(block, epoch, wanted)
+        for group in self._reader.together(block.ids, np.flatnonzero(wanted)):
+            self._submit(block, group, epoch)
         return block
 
-    def _divert(self, block: _Block, epoch: int, steps: list[int], targets: list[tuple[Rows, int] | None]) -> None:
-        """Read substitutes for samples of shards in quarantine, and not these."""
+    def _divert(self, block: _Block, epoch: int, wanted: NDArray[np.bool_]) -> None:
+        """Have substitutes read for samples of shards in quarantine, and not these. wanted: (n,)."""
         shards = self._index.shard_of(block.planned)
-        if not self.journal.out_of_use(self._names, max(steps)) & set(shards.tolist()):
+        if not self.journal.out_of_use(self._names, int(block.steps.max())) & set(shards.tolist()):
             return
-        out_at = {step: self.journal.out_of_use(self._names, step) for step in set(steps)}
-        for place, (target, step) in enumerate(zip(targets, steps, strict=True)):
-            out = out_at[step]
-            if target is not None and int(shards[place]) in out:
-                targets[place] = None
-                block.ids[place] = sample = next(self._stand_ins(epoch, int(block.planned[place]), out))
-                self._submit(block, self._part_of(sample, target), epoch, np.array([place]))
+        out_at = {step: self.journal.out_of_use(self._names, step) for step in set(block.steps.tolist())}
+        for place in np.flatnonzero(wanted).tolist():
+            out = out_at[int(block.steps[place])]
+            if int(shards[place]) in out:
+                block.ids[place] = next(self._stand_ins(epoch, int(block.planned[place]), out))
 
-    def _submit(self, block: _Block, part: Part, epoch: int, where: Ids) -> None:
-        """Read a part, now or in a thread. where: places of its samples in the block."""
+    def _submit(self, block: _Block, group: Ids, epoch: int) -> None:
+        """Read samples of one shard, now or in a thread, each to its place in its batch. group: places in the block."""
+        steps = block.steps[group]
+        rows = {step: self._rows_of(step) for step in sorted(set(steps.tolist()))}
+        part = self._part_of(block.ids[group], [rows[step] for step in steps.tolist()], block.slots[group])
 
         def read() -> None:
             outcome = self._reader.read(part, epoch)
-            block.labels[where] = np.where(outcome.labels >= 0, outcome.labels, block.labels[where])
-            block.failed.update({int(where[place]): reason for place, reason in outcome.failed.items()})
+            block.labels[group] = np.where(outcome.labels >= 0, outcome.labels, block.labels[group])
+            block.failed.update({int(group[number]): reason for number, reason in outcome.failed.items()})
 
         block.parts.append(self._later(read))
 
@@ -223,7 +217,7 @@ class ShardLoader:
             if slot in failed and shard not in out:
                 damage[Damage(self._names[shard], failed[slot])] = None
             for sample in itertools.islice(self._stand_ins(epoch, int(planned[slot]), out), STAND_INS_TRIED):
-                part = self._part_of(sample, (rows, slot))
+                part = self._part_of(np.array([sample]), [rows], np.array([slot]))
                 outcome: Outcome = self._reader.read(part, epoch)
                 if not outcome.failed:
                     break
@@ -245,6 +239,6 @@ class ShardLoader:
 
         return stand_ins(self.plan.seed, epoch, planned, self._index.provenance.samples, allowed)
 
-    def _part_of(self, sample: int, target: tuple[Rows, int]) -> Part:
-        shard = int(self._index.shard_of(np.array([sample]))[0])
-        return Part(shard, sample - int(self._index.starts[shard]), [target])
+    def _part_of(self, ids: Ids, rows: list[Rows], slots: Ids) -> Part:
+        shard = int(self._index.shard_of(ids[:1])[0])
+        return Part(shard, ids - self._index.starts[shard], rows, slots)

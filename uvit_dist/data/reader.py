@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import random
 import tarfile
 import threading
@@ -18,23 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from uvit_dist import storage
 from uvit_dist.data.batch import Batch, Rows
 from uvit_dist.data.plan import Ids
+from uvit_dist.data.ranges import SHORT, Ranges, State, read_ranges
 from uvit_dist.data.shards import ShardIndex
 from uvit_dist.diffusion.keyed_random import keyed_bits
 from uvit_dist.errors import DataError, MissingInputError, NoSuchFileError
 
 PART_BYTES = 8 << 20
 """Bytes of a shard that are read, cached and retried together."""
-MERGED_GAP = {False: 1 << 15, True: 4 << 20}
-"""Bytes between two items that are rather read too than left out by a request of their own, of (local, remote) files:
-4 MB pass while a new request waits for its first byte."""
-TOGETHER_BYTES, MOST_TOGETHER = 1 << 18, 256
-"""Bytes, and samples at most, read by one call and hashed while they are in the processor's cache."""
+MERGED_GAP = 4 << 20
+"""Bytes between two samples of a remote file that are rather read too than left out by a request of their own: they
+pass while a new request waits for its first byte."""
 WORTH_CACHING = 16
 """A part of which less than a sixteenth is wanted is not fetched whole for the cache's sake."""
 TRIES = 4
@@ -45,48 +42,43 @@ PAUSE_S = {False: 0.002, True: 0.1}
 
 @dataclass(frozen=True)
 class Part:
-    """A run of samples of one shard that is read at once, and where each goes.
+    """Samples of one shard that are read together, and where each goes.
 
-    rows: memory of a batch and place in it, for each sample; none: not wanted.
+    places: (count,) int64, ascending, of the samples in the shard; rows, slots: memory of a batch and place in it, of
+    each, (count,) int64.
     """
 
     shard: int
-    first: int
-    rows: Sequence[tuple[Rows, int] | None]
+    places: Ids
+    rows: Sequence[Rows]
+    slots: Ids
 
 
 @dataclass
 class Outcome:
-    """labels: (count,) int64 of a part's samples; failed: place in the part → why it could not be read."""
+    """labels: (count,) int64 of a part's samples; failed: number in the part → why it could not be read."""
 
     labels: Ids
     failed: dict[int, str] = field(default_factory=dict)
 
 
-_Item = tuple[int, int, memoryview, int]
-"""Offset in the file, expected xxh3, where it goes, the sample's place in its part."""
+def _runs(ranges: Ranges) -> list[Ranges]:
+    """Ranges cut into runs to be read together."""
+    far = ranges.starts[1:] - ranges.ends[:-1] > MERGED_GAP
+    bounds = [0, *(np.flatnonzero(far) + 1).tolist(), len(ranges)]
+    return [ranges[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _check(items: Sequence[_Item], got: int, failed: dict[int, str]) -> None:
-    """Note each item that is not whole. got: where what was read ends, in bytes of the file."""
-    digest = xxhash.xxh3_64_intdigest
-    for start, expected, view, place in items:
-        if start + len(view) > got:
-            failed[place] = f"ends before byte {start + len(view)}, where the index has a sample: truncated"
-        elif digest(view) != expected:
-            failed[place] = f"the sample at byte {start} differs from its hash in the index"
-
-
-def _runs(items: list[_Item]) -> list[tuple[int, int, list[_Item]]]:
-    """Items cut into runs to be read together: (begin, end, items)."""
-    runs: list[tuple[int, int, list[_Item]]] = []
-    for item in items:
-        begin, end = item[0], item[0] + len(item[2])
-        if runs and begin - runs[-1][1] <= MERGED_GAP[True]:
-            runs[-1] = (runs[-1][0], end, [*runs[-1][2], item])
-        else:
-            runs.append((begin, end, [item]))
-    return runs
+def _failures(ranges: Ranges, state: State) -> dict[int, str]:
+    """Number of its sample → why, for each range that is not whole. state: (n,)."""
+    failed = {}
+    for number in np.flatnonzero(state).tolist():
+        start, end = int(ranges.starts[number]), int(ranges.ends[number])
+        reason = f"the sample at byte {start} differs from its hash in the index"
+        if state[number] == SHORT:
+            reason = f"ends before byte {end}, where the index has a sample: truncated"
+        failed[int(ranges.numbers[number])] = reason
+    return failed
 
 
 class SampleReader:
@@ -102,26 +94,32 @@ class SampleReader:
         self._local = threading.local()
         bytes_each = index.shards[0].size / max(1, index.shards[0].samples) if index.shards else 1
         self.part_samples = max(1, int(PART_BYTES / max(1.0, bytes_each)))
-        self._together = min(MOST_TOGETHER, max(1, int(TOGETHER_BYTES / max(1.0, bytes_each))))
+        made = index.provenance
+        self._sample_bytes = int(np.prod(made.shape)) * np.dtype(made.dtype).itemsize
 
-    def cut(self, shard: int, first: int, count: int) -> list[tuple[int, int, int]]:
-        """A run of samples as (shard, first, count) of parts, which begin at the same places however the run lies.
+    def together(self, ids: Ids, places: Ids) -> list[Ids]:
+        """``places`` (m,) of ``ids`` (n,), cut into samples of one shard that are read together, in its order.
 
-        Of local files a run is one part: nothing is cached or retried there that a smaller one would spare.
+        Of a remote shard, those of a part, and parts begin at the same places whatever is read of them; of a local
+        one all: nothing is cached or retried there that a smaller part would spare.
         """
-        if not storage.is_remote(self.index.path):
-            return [(shard, first, count)]
-        edges = range((first // self.part_samples + 1) * self.part_samples, first + count, self.part_samples)
-        bounds = [first, *edges, first + count]
-        return [(shard, a, b - a) for a, b in itertools.pairwise(bounds)]
+        if not len(places):
+            return []
+        wanted = ids[places]
+        shards = self.index.shard_of(wanted)
+        order, parts = np.argsort(wanted, kind="stable"), np.zeros_like(shards)
+        if storage.is_remote(self.index.path):
+            parts = (wanted - self.index.starts[shards]) // self.part_samples
+        changes = (np.diff(shards[order]) != 0) | (np.diff(parts[order]) != 0)
+        return np.split(places[order], np.flatnonzero(changes) + 1)
 
     def read_ids(self, ids: Ids, epoch: int = 0) -> Batch:
         """The samples of the given ids, (b,), in this order. Raises ``DataError`` on any damage."""
         rows, labels = Rows(self.index.provenance, len(ids)), np.empty(len(ids), dtype=np.int64)
 
         def read(place: int) -> None:
-            shard = int(shards[place])
-            outcome = self.read(Part(shard, int(ids[place] - self.index.starts[shard]), [(rows, place)]), epoch)
+            shard, places = int(shards[place]), ids[place : place + 1] - self.index.starts[shards[place]]
+            outcome = self.read(Part(shard, places, [rows], np.array([place])), epoch)
             for reason in outcome.failed.values():
                 raise DataError(f"{self.index.shard_path(shard)}: {reason}. Make or copy this shard again.")
             labels[place] = outcome.labels[0]
@@ -133,12 +131,12 @@ class SampleReader:
         return Batch(0, epoch, *known, *rows.tensors())
 
     def read(self, part: Part, epoch: int) -> Outcome:
-        """Read a part's wanted samples to their places. What is not as the index says is read again, and then failed.
+        """Read a part's samples to their places. What is not as the index says is read again, and then failed.
 
         Raises ``UnavailableError`` where a server does not answer.
         """
-        outcome = Outcome(np.full(len(part.rows), -1, dtype=np.int64))
-        todo = [place for place, row in enumerate(part.rows) if row is not None]
+        outcome = Outcome(np.full(len(part.places), -1, dtype=np.int64))
+        todo = list(range(len(part.places)))
         for attempt in range(TRIES):
             if attempt:
                 remote = storage.is_remote(self.index.path)
@@ -151,96 +149,77 @@ class SampleReader:
         return outcome
 
     def _try(self, part: Part, epoch: int, todo: list[int], labels: Ids, fresh: bool) -> dict[int, str]:
-        count = len(part.rows)
         try:
-            rows = self._rows(part.shard)[part.first : part.first + count]
+            rows = self._rows(part.shard)[part.places]
             labels[:] = rows["label"]
-            columns = [(rows["offset"].astype(np.int64), rows["xxh3"], "data")]
+            tables = [rows]
             if self.index.provenance.text is not None:
-                drawn = self._draw_captions(part.shard, part.first, count, epoch)
-                columns.append((drawn["offset"].astype(np.int64), drawn["xxh3"], "contexts"))
+                tables.append(self._draw_captions(part.shard, part.places, epoch))
         except NoSuchFileError:
             return dict.fromkeys(todo, "its table of samples is missing")
         except DataError:
             return dict.fromkeys(todo, "its table of samples is damaged")
-        items: list[_Item] = []
-        for offsets, hashes, name in columns:
-            starts, expected = offsets[todo].tolist(), hashes[todo].tolist()
-            views = [getattr(rows_, name)[slot] for rows_, slot in (part.rows[place] for place in todo)]  # type: ignore[misc]
-            items += list(zip(starts, expected, views, todo, strict=True))
-        if len(columns) > 1:
-            items.sort(key=lambda item: item[0])
+        ranges = self._ranges(part, tables, np.array(todo))
         try:
             path = self.index.shard_path(part.shard)
             if not storage.is_remote(path):
-                return self._read_local(path, items)
-            return self._fetch(path, part, items, fresh)
+                return self._read_local(path, ranges)
+            return self._fetch(path, part, ranges, fresh)
         except NoSuchFileError:
             return dict.fromkeys(todo, "missing")
 
-    def _read_local(self, path: str, items: list[_Item]) -> dict[int, str]:
-        """As ``_scatter``, again after errors of the file system that pass. They are no damage."""
+    @staticmethod
+    def _ranges(part: Part, tables: Sequence[NDArray[Any]], todo: Ids) -> Ranges:
+        """What is to be read of a part's file, in its order. tables: its rows of the index; todo: (n,) of it."""
+        columns = []
+        for number, table in enumerate(tables):
+            wanted, slots = table[todo], part.slots[todo]
+            addresses = np.array([part.rows[place].columns[number][0] for place in todo.tolist()], dtype=np.uint64)
+            size = part.rows[0].columns[number][1]
+            to = addresses + slots.astype(np.uint64) * np.uint64(size)
+            sizes = np.full(len(todo), size, dtype=np.int64)
+            columns.append((wanted["offset"].astype(np.int64), sizes, wanted["xxh3"].astype(np.uint64), to, todo))
+        if len(columns) == 1:
+            return Ranges(*columns[0])
+        ranges = Ranges(*map(np.concatenate, zip(*columns, strict=True)))
+        return ranges[np.argsort(ranges.starts, kind="stable")]
+
+    def _read_local(self, path: str, ranges: Ranges) -> dict[int, str]:
+        """Read ranges of a local file, again after errors of the file system that pass. They are no damage."""
         try:
-            return self._scatter(path, items)
+            state = read_ranges(path, ranges)
         except PermissionError:
             raise MissingInputError(f"{path}: cannot be read (Permission denied); mend its permissions") from None
         except OSError:
-            return storage.persistently(path, lambda progress: self._scatter(path, items))
+            state = storage.persistently(path, lambda progress: read_ranges(path, ranges))
+        return _failures(ranges, state)
 
-    def _scatter(self, path: str, items: list[_Item]) -> dict[int, str]:
-        """Read items of a local file straight to their places, a few with one call, and check them."""
+    def _fetch(self, path: str, part: Part, ranges: Ranges, fresh: bool) -> dict[int, str]:
+        """Read ranges of a remote file by few requests, or its whole part from the cache, and check them."""
         failed: dict[int, str] = {}
-        gap_bytes = self._scratch(MERGED_GAP[False])
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise NoSuchFileError(path) from None
-        try:
-            number = 0
-            while number < len(items):
-                begin = end = items[number][0]
-                vector: list[memoryview] = []
-                first = number
-                for start, _, view, _ in items[first : first + self._together]:
-                    if start != end:
-                        if not 0 < start - end <= MERGED_GAP[False]:
-                            break
-                        vector.append(gap_bytes[: start - end])
-                    vector.append(view)
-                    end = start + len(view)
-                    number += 1
-                got = begin + os.preadv(descriptor, vector, begin)
-                _check(items[first:number], got, failed)
-        finally:
-            os.close(descriptor)
-        return failed
-
-    def _fetch(self, path: str, part: Part, items: list[_Item], fresh: bool) -> dict[int, str]:
-        """Read items of a remote file by few ranged requests, or its whole part from the cache, and check them."""
-        failed: dict[int, str] = {}
-        runs, kept_as, kept = _runs(items), None, storage.cache()
+        runs = [(int(run.starts[0]), int(run.ends[-1]), run) for run in _runs(ranges)]
+        kept_as, kept = None, storage.cache()
         if kept is not None:
             whole, name = self._grid_part(part)
             if fresh:
                 storage.forget(name)
-            elif kept.has(name) or len(items) * WORTH_CACHING >= min(self.part_samples, self.index.counts[part.shard]):
-                runs, kept_as = [(*whole, items)], name
+            elif kept.has(name) or len(ranges) * WORTH_CACHING >= min(self.part_samples, self.index.counts[part.shard]):
+                runs, kept_as = [(*whole, ranges)], name
         for begin, end, members in runs:
             content = self._scratch(end - begin)
             got = begin + storage.read_into(path, begin, content, cache_as=kept_as)
-            for start, _, view, _ in members:
-                if start + len(view) <= got:
-                    view[:] = content[start - begin : start - begin + len(view)]
-            _check(members, got, failed)
+            for number, (first, last) in enumerate(zip(members.starts.tolist(), members.ends.tolist(), strict=True)):
+                if last <= got:
+                    members.view(number)[:] = content[first - begin : last - begin]
+            failed |= _failures(members, members.check(got))
         return failed
 
     def _grid_part(self, part: Part) -> tuple[tuple[int, int], str]:
         """Begin and end, in bytes, of the part of the shard that always is read together, and its name in the cache."""
-        number = part.first // self.part_samples
+        number = int(part.places[0]) // self.part_samples
         first, last = number * self.part_samples, (number + 1) * self.part_samples
         made, rows = self.index.provenance, self._rows(part.shard)[first:last]
-        each = int(np.prod(made.shape)) * np.dtype(made.dtype).itemsize
-        spans = [(rows["offset"], each)]
+        spans = [(rows["offset"], self._sample_bytes)]
         if made.text is not None:
             counts = np.concatenate([[0], np.cumsum(self._rows(part.shard)["captions"].astype(np.int64))])
             contexts = self._context_rows(part.shard)[counts[first] : counts[min(last, len(counts) - 1)]]
@@ -250,24 +229,24 @@ class SampleReader:
         return (begin, end), f"{self.index.shards[part.shard].sha256[:40]}-{PART_BYTES >> 20}-{number}"
 
     def _scratch(self, size: int) -> memoryview:
-        """This thread's memory for what is read between samples."""
+        """This thread's memory for what a request brings."""
         kept = getattr(self._local, "scratch", None)
         if kept is None or len(kept) < size:
             kept = self._local.scratch = memoryview(bytearray(size))
         return kept[:size]
 
-    def _draw_captions(self, shard: int, first: int, count: int, epoch: int) -> NDArray[Any]:
-        """CONTEXT_ROW of the caption drawn for each of a run of samples, (count,)."""
-        starts, drawn = self._drawn(shard, first, count, epoch)
+    def _draw_captions(self, shard: int, places: Ids, epoch: int) -> NDArray[Any]:
+        """CONTEXT_ROW of the caption drawn for each of the samples at ``places`` (count,) of a shard; (count,)."""
+        starts, drawn = self._drawn(shard, places, epoch)
         return self._context_rows(shard)[starts + drawn]
 
-    def _drawn(self, shard: int, first: int, count: int, epoch: int) -> tuple[Ids, Ids]:
-        """For each of a run of samples, (count,): the number of its first caption in the shard, and which is drawn."""
+    def _drawn(self, shard: int, places: Ids, epoch: int) -> tuple[Ids, Ids]:
+        """For each of these samples, (count,): the number of its first caption in the shard, and which is drawn."""
         captions = self._rows(shard)["captions"].astype(np.int64)
-        starts = np.concatenate([[0], np.cumsum(captions)])[first : first + count]
-        ids = torch.arange(count) + int(self.index.starts[shard]) + first
+        starts = np.concatenate([[0], np.cumsum(captions)])[places]
+        ids = torch.from_numpy(places + int(self.index.starts[shard]))
         words = keyed_bits(self._seed, self._purpose, epoch, ids, 1)[:, 0].numpy()
-        return starts, (words * captions[first : first + count]) >> 32
+        return starts, (words * captions[places]) >> 32
 
     def texts(self, ids: Ids, epoch: int = 0) -> list[str]:
         """The captions whose contexts ``read_ids`` gives of samples. ids: (b,). Raises ``DataError`` on any damage."""
@@ -278,12 +257,11 @@ class SampleReader:
         ]
 
     def _text(self, shard: int, place: int, epoch: int) -> str:
-        rows, made, path = self._rows(shard), self.index.provenance, self.index.shard_path(shard)
-        (first,), (drawn,) = self._drawn(shard, place, 1, epoch)
+        rows, path = self._rows(shard), self.index.shard_path(shard)
+        (first,), (drawn,) = self._drawn(shard, np.array([place]), epoch)
         begin = 0  # KEY.json lies between the sample before and the first context
         if place:
-            size = int(np.prod(made.shape)) * np.dtype(made.dtype).itemsize
-            begin = -(-(int(rows["offset"][place - 1]) + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            begin = -(-(int(rows["offset"][place - 1]) + self._sample_bytes) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         content = storage.read_range(path, begin, int(self._context_rows(shard)["offset"][first]) - begin)
         try:
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:

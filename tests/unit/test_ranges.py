@@ -1,0 +1,73 @@
+"""Ranges of files: read where they belong, checked one by one, the same in C and in Python."""
+
+import os
+
+import numpy as np
+import pytest
+import xxhash
+
+from uvit_dist.data import ranges
+from uvit_dist.data.ranges import DIFFERENT, SHORT, WHOLE, Ranges, read_ranges
+from uvit_dist.errors import NoSuchFileError
+
+SIZES = (1, 16, 240, 241, 1000, 65_536, 200_001)
+"""On both sides of where XXH3 changes its ways."""
+
+
+@pytest.fixture(params=["C", "Python"])
+def way(request, monkeypatch):
+    if request.param == "C":
+        assert ranges.kernel() is not None, "no C compiler, or an xxhash that shows no XXH3_64bits"
+    else:
+        monkeypatch.setattr(ranges, "kernel", lambda: None)
+    return request.param
+
+
+@pytest.fixture
+def case(tmp_path):
+    """A file, ranges of it in another order, and the memory they go to."""
+    content = np.random.default_rng(1).bytes(3 * sum(SIZES))
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    sizes = np.array(SIZES[::-1])
+    starts = np.cumsum(sizes[::-1])[::-1] + 7
+    memory = np.zeros(sizes.sum(), dtype=np.uint8)
+    to = np.uint64(memory.ctypes.data) + np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.uint64)
+    hashes = [xxhash.xxh3_64_intdigest(content[a : a + n]) for a, n in zip(starts, sizes, strict=True)]
+    wanted = Ranges(starts, sizes, np.array(hashes, dtype=np.uint64), to, np.arange(len(sizes)))
+    return path, content, wanted, memory
+
+
+def test_each_range_goes_to_its_place(case, way):
+    path, content, wanted, memory = case
+    assert read_ranges(str(path), wanted).tolist() == [WHOLE] * len(SIZES)
+    expected = b"".join(content[a:b] for a, b in zip(wanted.starts, wanted.ends, strict=True))
+    assert memory.tobytes() == expected
+
+
+def test_a_flipped_bit_and_the_end_of_the_file_are_told_of_the_range_they_are_in(case, way):
+    path, content, wanted, _ = case
+    for number, (begin, end) in enumerate(zip(wanted.starts.tolist(), wanted.ends.tolist(), strict=True)):
+        for place in {begin, (begin + end) // 2, end - 1}:
+            flipped = bytearray(content)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            assert np.flatnonzero(read_ranges(str(path), wanted) == DIFFERENT).tolist() == [number]
+    path.write_bytes(content[: wanted.ends[1] - 1])
+    short = (wanted.ends > wanted.ends[1] - 1).nonzero()[0].tolist()
+    assert np.flatnonzero(read_ranges(str(path), wanted) == SHORT).tolist() == short
+    assert 1 in short
+
+
+def test_what_cannot_be_read_is_an_error_of_the_system(case, way, tmp_path):
+    _, _, wanted, _ = case
+    with pytest.raises(NoSuchFileError):
+        read_ranges(str(tmp_path / "absent"), wanted)
+    with pytest.raises(IsADirectoryError):
+        read_ranges(str(tmp_path), wanted)
+
+
+def test_without_a_compiler_python_reads(monkeypatch, tmp_path):
+    monkeypatch.setenv("UVIT_DIST_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", os.path.join(tmp_path, "no-compiler"))
+    assert ranges.kernel.__wrapped__() is None

@@ -1,0 +1,29 @@
+"""C code of this project's own, compiled where it is used: once on a machine, by its C compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import uuid
+from pathlib import Path
+
+
+def library(source: Path) -> ctypes.CDLL:
+    """The functions of a C file, which are called without Python's lock.
+
+    They are kept, compiled, in UVIT_DIST_CACHE, or ~/.cache/uvit_dist. Raises ``OSError`` or
+    ``subprocess.SubprocessError`` where they cannot be had.
+    """
+    folder = Path(os.environ.get("UVIT_DIST_CACHE") or os.path.expanduser("~/.cache/uvit_dist"))
+    identity = source.read_bytes() + " ".join((platform.machine(), *platform.libc_ver())).encode()
+    kept = folder / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = f"{kept}.tmp-{uuid.uuid4().hex}"
+        command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-o", temporary, str(source)]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        os.replace(temporary, kept)
+    return ctypes.CDLL(str(kept))
