@@ -155,9 +155,10 @@ class ShardLoader:
 
     def _submit(self, block: _Block, group: Ids, epoch: int) -> None:
         """Read samples of one shard, now or in a thread, each to its place in its batch. group: places in the block."""
-        steps = block.steps[group]
-        rows = {step: self._rows_of(step) for step in sorted(set(steps.tolist()))}
-        part = self._part_of(block.ids[group], [rows[step] for step in steps.tolist()], block.slots[group])
+        steps, which = np.unique(block.steps[group], return_inverse=True)
+        part = self._part_of(
+            block.ids[group], [self._rows_of(step) for step in steps.tolist()], which, block.slots[group]
+        )
 
         def read() -> None:
             outcome = self._reader.read(part, epoch)
@@ -217,7 +218,7 @@ class ShardLoader:
             if slot in failed and shard not in out:
                 damage[Damage(self._names[shard], failed[slot])] = None
             for sample in itertools.islice(self._stand_ins(epoch, int(planned[slot]), out), STAND_INS_TRIED):
-                part = self._part_of(np.array([sample]), [rows], np.array([slot]))
+                part = self._part_of(np.array([sample]), [rows], np.array([0]), np.array([slot]))
                 outcome: Outcome = self._reader.read(part, epoch)
                 if not outcome.failed:
                     break
@@ -239,6 +240,6 @@ class ShardLoader:
 
         return stand_ins(self.plan.seed, epoch, planned, self._index.provenance.samples, allowed)
 
-    def _part_of(self, ids: Ids, rows: list[Rows], slots: Ids) -> Part:
+    def _part_of(self, ids: Ids, rows: list[Rows], which: Ids, slots: Ids) -> Part:
         shard = int(self._index.shard_of(ids[:1])[0])
-        return Part(shard, ids - self._index.starts[shard], rows, slots)
+        return Part(shard, ids - self._index.starts[shard], rows, which, slots)

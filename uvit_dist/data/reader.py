@@ -44,13 +44,14 @@ PAUSE_S = {False: 0.002, True: 0.1}
 class Part:
     """Samples of one shard that are read together, and where each goes.
 
-    places: (count,) int64, ascending, of the samples in the shard; rows, slots: memory of a batch and place in it, of
-    each, (count,) int64.
+    places: (count,) int64, ascending, of the samples in the shard; which, slots: (count,) int64, the memory in
+    ``rows`` that each goes to, and its place there.
     """
 
     shard: int
     places: Ids
     rows: Sequence[Rows]
+    which: Ids
     slots: Ids
 
 
@@ -119,7 +120,7 @@ class SampleReader:
 
         def read(place: int) -> None:
             shard, places = int(shards[place]), ids[place : place + 1] - self.index.starts[shards[place]]
-            outcome = self.read(Part(shard, places, [rows], np.array([place])), epoch)
+            outcome = self.read(Part(shard, places, [rows], np.array([0]), np.array([place])), epoch)
             for reason in outcome.failed.values():
                 raise DataError(f"{self.index.shard_path(shard)}: {reason}. Make or copy this shard again.")
             labels[place] = outcome.labels[0]
@@ -174,9 +175,9 @@ class SampleReader:
         columns = []
         for number, table in enumerate(tables):
             wanted, slots = table[todo], part.slots[todo]
-            addresses = np.array([part.rows[place].columns[number][0] for place in todo.tolist()], dtype=np.uint64)
             size = part.rows[0].columns[number][1]
-            to = addresses + slots.astype(np.uint64) * np.uint64(size)
+            addresses = np.array([rows.columns[number][0] for rows in part.rows], dtype=np.uint64)
+            to = addresses[part.which[todo]] + slots.astype(np.uint64) * np.uint64(size)
             sizes = np.full(len(todo), size, dtype=np.int64)
             columns.append((wanted["offset"].astype(np.int64), sizes, wanted["xxh3"].astype(np.uint64), to, todo))
         if len(columns) == 1:
