@@ -45,7 +45,7 @@ COMMAND = "make bench-eval OFFICIAL=DIR"
 DIM, FULL, FEW, STREAM = 2048, 10_000, (500, 400), 50_000
 """Features; samples of the full-rank covariances, of the rank-deficient ones, and of the stream."""
 IMAGES, SIDE_PX, BATCH = 500, 512, 50
-STEPS, SCALE, CLASSES, BLOCKS = 50, 0.4, 1000, 5
+STEPS, SCALE, CLASSES, BLOCKS = 50, 0.4, 1000, 3
 NETWORK: dict[str, Any] = {"img_size": 32, "patch_size": 2, "in_chans": 4, "embed_dim": 512, "depth": BLOCKS - 1,
                            "num_heads": 8, "num_classes": CLASSES + 1, "conv": False}  # fmt: skip
 LIMITS = {
