@@ -3,6 +3,7 @@
 # make unit   the tests that take seconds         make clean  remove what the demo wrote
 # make test-s3  the tests against a real S3 server, which they start
 # make test-slurm  the tests against a real four-node SLURM, which they start
+# make bench OFFICIAL=DIR  all that is measured on a CPU, C1 to C10, in about an hour, and a table of it
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
 # make bench-slurm  seconds lost to each kind of fault, on the rehearsal cluster
@@ -17,7 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
+.PHONY: bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
   bench-slurm bench-eval
 
 env: $(VENV)/.installed
@@ -50,6 +51,12 @@ test-slurm: env
 soak: env
 	UVIT_DIST_SOAK=50 $(RUN) -m pytest tests/integration/test_precompute.py -k killed_at_random
 	UVIT_DIST_SOAK=100 $(RUN) -m pytest tests/integration/test_checkpoints.py -k killed
+
+# Each by itself, whatever becomes of the others; the table says what passed.
+bench: env
+	@[ -f "$(OFFICIAL)/libs/uvit.py" ] || { echo "error: OFFICIAL='$(OFFICIAL)' is no checkout of the official code: git clone https://github.com/baofff/U-ViT DIR"; exit 2; }
+	-@for part in data step eval checkpoint precompute; do $(MAKE) --no-print-directory bench-$$part; done
+	$(RUN) -m benchmarks.table
 
 bench-data: env
 	$(RUN) -m benchmarks.data --official "$(OFFICIAL)"

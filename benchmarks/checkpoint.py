@@ -13,7 +13,6 @@ Exit code 1 above "pass" or where a gate fails.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ROOT
-from benchmarks.rounds import WARM_UPS, result, show
+from benchmarks.rounds import WARM_UPS, keep, result, show
 from uvit_dist import checkpoint, dist
 from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
@@ -176,7 +175,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
         record = measure(Path(name), arguments.rounds)
     show(record)
-    (arguments.out / "C9.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, arguments.out)
     return 0 if record["passed"] else 1
 
 

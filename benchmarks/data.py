@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from benchmarks import ROOT, commit_of
-from benchmarks.rounds import Side, ratios, result, rounds, show, timed
+from benchmarks.rounds import Side, keep, ratios, result, rounds, show, timed
 from benchmarks.shaped_link import CONNECTION_BYTES_S, FAULT_SHARE, FIRST_BYTE_S, LINK_BYTES_S, counts, shaped_link
 from uvit_dist import storage
 from uvit_dist.config_data import StorageConfig
@@ -367,7 +366,7 @@ def main() -> int:
             records.append(measure_c2(directory, arguments.rounds))
             show(records[-1])
     for record in records:
-        (arguments.out / f"{record['id']}.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep(record, arguments.out)
     return 0 if all(record["passed"] for record in records) else 1
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import resource
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import ROOT, commit_of
-from benchmarks.rounds import Side, ratios, result, rounds, show, timed
+from benchmarks.rounds import Side, keep, ratios, result, rounds, show, timed
 from uvit_dist.diffusion.guidance import noise_predictor
 from uvit_dist.diffusion.schedule import SCHEDULES
 from uvit_dist.diffusion.solvers import dpm_solver_pp
@@ -312,7 +311,7 @@ def main() -> int:
                 else c7(official, arguments.rounds)
             )  # fmt: skip
         show(record)
-        (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep(record, arguments.out)
         passed = passed and record["passed"]
     return 0 if passed else 1
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import json
 import os
 import random
 import shutil
@@ -37,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from benchmarks import ROOT, commit_of
-from benchmarks.rounds import Side, ratios, result, rounds, show, timed
+from benchmarks.rounds import Side, keep, ratios, result, rounds, show, timed
 
 IMAGES, CLASSES, SIZES, HEADLINE = 2000, 10, (256, 512), 512
 """HEADLINE: the side of images whose ratio is vs_official."""
@@ -327,7 +326,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         record = measure(Path(arguments.official).resolve(), Path(name), arguments.rounds)
     show(record)
-    (arguments.out / "C8.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, arguments.out)
     return 0 if record["passed"] else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -95,3 +96,11 @@ def show(record: Mapping[str, Any]) -> None:
     for gate, held in record["gates"].items():
         print(f"gate: {gate}: {'held' if held else 'BROKEN'}")
     print("passed" if record["passed"] else "NOT PASSED", flush=True)
+
+
+def keep(record: Mapping[str, Any], folder: Path) -> None:
+    """Write a record as ID.json, in place of the last one, and a line of it to runs.jsonl, which holds every run."""
+    (folder / f"{record['id']}.json").write_text(json.dumps(record, indent=1) + "\n")
+    line = {key: record[key] for key in ("id", "date", "commit", "measured", "passed", "gate_passed")}
+    with open(folder / "runs.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")

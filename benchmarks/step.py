@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ROOT, official_parity
-from benchmarks.rounds import Side, ratios, result, rounds, show, timed
+from benchmarks.rounds import Side, keep, ratios, result, rounds, show, timed
 from uvit_dist import dist
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
@@ -302,7 +302,7 @@ def main() -> int:
         dist.stop()
     for record in records:
         show(record)
-        (arguments.out / f"{record['id']}.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep(record, arguments.out)
     return 0 if all(record["passed"] for record in records) else 1
 
 
