@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from uvit_dist.config_data import Section
 from uvit_dist.config_rules import raise_broken
-from uvit_dist.config_yaml import described, parse_yaml
+from uvit_dist.config_yaml import described, parse_yaml, shipped
 from uvit_dist.errors import ConfigError, DataError
 
 SHORTEST_LEAD_S, LONGEST_LEAD_SHARE = 60, 0.25
@@ -149,11 +149,11 @@ class Order(Section):
 
 
 def read_profile(path: str | Path | None) -> ClusterProfile:
-    """A profile from YAML; none: the default one. Raises ``ConfigError`` with every mistake."""
+    """A profile from YAML, those of ``slurm/`` found from everywhere; none: the default one. Raises ``ConfigError`` with every mistake."""
     if path is None:
         return ClusterProfile()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = shipped(path, "slurm").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"launch.cluster {path}: cannot be read ({error}); give the path of a profile, as those in slurm/"

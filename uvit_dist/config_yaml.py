@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -111,13 +111,35 @@ def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
+INSTALLED = {"configs": "configs", "slurm": "profiles"}
+"""Where the package has these folders of the checkout, when it is installed."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides (values are YAML), check everything.
 
-    A file may name another as its ``base``, by a path relative to its own, and then holds only what differs.
+    A file may name another as its ``base``, by a path relative to its own, and then holds only what differs. Those of
+    ``configs/`` are found from everywhere: ``uvit_h_imagenet512`` or ``configs/uvit_h_imagenet512.yaml``.
     Raises ``ConfigError`` (exit code 78) with every mistake and its full key.
     """
-    return parse_config(changed(_read(Path(path), ()), overrides), str(path))
+    return parse_config(changed(_read(shipped(path, "configs"), ()), overrides), str(path))
+
+
+def shipped(path: str | Path, folder: Literal["configs", "slurm"]) -> Path:
+    """The file of a path; where there is none, the one of that name that came with the package, if there is one.
+
+    Only a bare name, and one below ``folder``, may mean such a file; ``.yaml`` can be left out.
+    """
+    path = Path(path)
+    if path.exists() or path.is_absolute():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == (folder,) else path.parts
+    if len(parts) != 1 and path.parts[:1] != (folder,):
+        return path
+    name, package = Path(*parts) if parts else path, Path(__file__).absolute().parent
+    homes = (package / INSTALLED[folder], package.parent / folder)
+    found = (home / other for home in homes for other in (name, name.with_name(f"{name.name}.yaml")))
+    return next((other for other in found if other.is_file()), path)
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:

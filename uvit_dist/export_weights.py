@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit_dist import checkpoint, safetensors_stream
+from uvit_dist import checkpoint, safetensors_stream, score_log, storage
 from uvit_dist.errors import MissingInputError
+from uvit_dist.model_card import model_card
+from uvit_dist.models.uvit import DESCRIPTION, WEIGHTS, described
 from uvit_dist.weights import XXH3, Kind, find_checkpoint, fingerprint_of
 
 PIECE = 4 << 20
@@ -43,6 +45,27 @@ def export_weights(
     metadata = _metadata(manifest, kind, directory)
     safetensors_stream.write(str(out), tensors, _source(directory, kind, manifest["shapes"]), metadata, XXH3)
     return int(manifest["step"])
+
+
+def export_folder(
+    run_dir: str | Path, out: str | Path, kind: Kind, step: int | None = None, verify: str = "size"
+) -> int:
+    """As ``export_weights``, to a folder or URL prefix as the Hugging Face Hub has them. Returns the step.
+
+    ``model.safetensors``, ``config.json``, and the model card ``README.md``. Raises as ``export_weights``.
+    """
+    directory = _choose(run_dir, step, verify)
+    manifest = json.loads((directory / checkpoint.MANIFEST).read_text())
+    found = export_weights(run_dir, storage.join(str(out), WEIGHTS), kind, int(manifest["step"]), "size")
+    model = {key: value for key, value in manifest["config"]["model"].items() if key != "use_checkpoint"}
+    storage.write_bytes(storage.join(str(out), DESCRIPTION), described(model))
+    scores = [
+        r for r in score_log.records(run_dir) if r.get("of_run") and (r.get("step"), r.get("weights")) == (found, kind)
+    ]
+    latest = {score_log.alike(record): record for record in scores}
+    card = model_card(manifest, kind, list(latest.values()), Path(str(out)).name)
+    storage.write_bytes(storage.join(str(out), "README.md"), card.encode())
+    return found
 
 
 def _choose(run_dir: str | Path, step: int | None, verify: str) -> Path:

@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from uvit_dist import checkpoint
 from uvit_dist.config import Config
 from uvit_dist.errors import CheckpointError, DataError, MissingInputError
-from uvit_dist.models.uvit import UViT
+from uvit_dist.models.uvit import WEIGHTS, UViT
 from uvit_dist.safetensors_stream import bytes_of
 
 Kind = Literal["ema", "master"]
@@ -55,13 +55,18 @@ class Weights:
 
 
 def load_weights(path: str | Path, kind: Kind = "ema", verify: str = "hash") -> Weights:
-    """Read weights. path: a run directory (its newest whole checkpoint), a step directory of one, or a safetensors file
-    as ``uvit_dist.export`` and ``uvit_dist.convert`` write it; verify: as ``checkpoint.verify`` of the configuration.
+    """Read weights.
+
+    path: a run directory (its newest whole checkpoint), a step directory of one, or a safetensors file or a folder with
+    one, as ``uvit_dist.export`` and ``uvit_dist.convert`` write them; verify: as ``checkpoint.verify`` of the
+    configuration.
 
     Raises ``MissingInputError`` where there is nothing, ``CheckpointError`` where no checkpoint is whole, ``DataError``
     where a file holds something else, or weights of the other kind.
     """
     path = Path(path)
+    if path.is_dir() and (path / WEIGHTS).is_file():
+        path = path / WEIGHTS
     if path.is_file():
         return _from_file(path, kind)
     return _from_checkpoint(find_checkpoint(path, verify), kind)

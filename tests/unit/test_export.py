@@ -89,9 +89,10 @@ def test_a_flat_tensor_is_written_as_its_parts(tmp_path, monkeypatch):
             write_flat(tmp_path / "wrong", parts, wrong)
 
 
-def make(run_dir, step, ranks=3):
+def make(run_dir, step, ranks=3, config=None):
     """A checkpoint whose EMA is network(step) and whose masters are network(step + 1), cut evenly over the ranks."""
-    nets = {"ema": network(step), "master": network(step + 1)}
+    model = config["model"] if config else MODEL
+    nets = {"ema": network(step, model), "master": network(step + 1, model)}
     directory = checkpoint.checkpoints_dir(run_dir) / f"step-{step:08d}"
     directory.mkdir(parents=True)
     files = []
@@ -111,7 +112,7 @@ def make(run_dir, step, ranks=3):
         "version": checkpoint.VERSION,
         "step": step,
         "shapes": {name: list(value.shape) for name, value in nets["ema"].items()},
-        "config": {"model": {**MODEL, "use_checkpoint": True}},
+        "config": config or {"model": {**MODEL, "use_checkpoint": True}},
         "must_agree": {"sha256 of data.index": "abc"},
         "versions": {"uvit_dist": "0.1.0", "torch": "2"},
         "text_encoder": None,
@@ -121,9 +122,9 @@ def make(run_dir, step, ranks=3):
     return manifest
 
 
-def network(seed):
+def network(seed, model=MODEL):
     torch.manual_seed(seed)
-    return UViT(**MODEL).state_dict()
+    return UViT(**model).state_dict()
 
 
 def same(tensors, state):

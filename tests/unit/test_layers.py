@@ -60,6 +60,7 @@ LAYERS = {
         "divergence",
         "weights",
         "export_weights",
+        "model_card",
         "preemption",
         "watchdog",
         "preflight",
@@ -87,6 +88,7 @@ LAYERS = {
         "succession",
         "notices",
         "worker",
+        "pipeline",
         "sample",
         "convert",
         "export",
@@ -109,6 +111,7 @@ OWNERS = {
     "open_clip": {"models.text", "models.clip"},
     "pytorch_fid": {"models.inception"},
     "wandb": {"metrics"},
+    "huggingface_hub": {"model_card"},
     "matplotlib": {"evaluation.sweep"},
 }
 

@@ -17,6 +17,7 @@ from uvit_dist.data.latents import Provenance, Sample, TextProvenance
 from uvit_dist.data.shards import ShardIndex, read_index, write_index, write_shard
 from uvit_dist.errors import ConfigError
 from uvit_dist.models.uvit import UViT
+from uvit_dist.pipeline import UViTPipeline
 from uvit_dist.sampler import ImageConditions, Sampler
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "sample.steps=4"]
@@ -136,30 +137,43 @@ def test_labels_are_even_or_as_frequent_as_in_training():
 @pytest.mark.parametrize(
     ("name", "labels", "prompts", "message"),
     [
-        ("uvit_h_imagenet256", None, [], "--labels: missing; say which classes, from 0 to 999"),
-        ("uvit_h_imagenet256", "3,1000", [], "--labels 3,1000: must be numbers from 0 to 999"),
-        ("uvit_h_imagenet256", "cat", [], "--labels cat: must be numbers"),
-        ("uvit_h_imagenet256", None, ["a cat"], "--prompt: this system knows no texts; give --labels"),
-        ("uvit_s_cifar10", "3", [], "--labels 3: this system is unconditional; give --count alone"),
-        ("uvit_s_mscoco", "3", [], "--prompt: this system is asked with texts"),
-        ("uvit_s_mscoco", None, ["a cat"], r"assets/clip/ViT-L-14-quickgelu.safetensors: no such file"),
+        ("uvit_h_imagenet256", None, [], "labels: missing; say which classes, from 0 to 999"),
+        ("uvit_h_imagenet256", [3, 1000], [], r"labels \[3, 1000\]: must be numbers from 0 to 999"),
+        ("uvit_h_imagenet256", None, ["a cat"], "prompts: this system knows no texts; give labels"),
+        ("uvit_s_cifar10", [3], [], r"labels \[3\]: this system is unconditional; give the count alone"),
+        ("uvit_s_mscoco", [3], [], "prompts: this system is asked with texts"),
+        ("uvit_s_mscoco", None, [], "prompts: this system is asked with texts"),
     ],
 )
 def test_a_system_is_asked_in_its_own_terms(name, labels, prompts, message):
-    with pytest.raises(ValueError, match=message):
-        sample.rows_of(config_of(name), labels, prompts)
+    with pytest.raises(ConfigError, match=message):
+        UViTPipeline(config_of(name), Recorder(), None, None)(labels, prompts)
+
+
+def test_the_command_takes_numbers_with_commas():
+    assert sample.labels_of("3,207") == [3, 207]
+    assert sample.labels_of(None) is None
+    with pytest.raises(ConfigError, match="--labels cat: must be numbers"):
+        sample.labels_of("cat")
 
 
 def test_rows_are_repeated_and_the_last_batch_is_padded():
-    config = config_of("uvit_h_imagenet256", "sample.cfg_scale=0")
     net = Recorder()
-    sampler = Sampler(without_autoencoder(config), net, None)
-    rows, empty = sample.rows_of(config, "207,360", [])
-    images = sample.sample(config, sampler, rows, 3, 0, 4, torch.device("cpu"))
-    assert empty is None
+    config = without_autoencoder(config_of("uvit_h_imagenet256", "sample.cfg_scale=0"))
+    images = UViTPipeline(config, net, None, None).tensors([207, 360], count=3, batch_size=4)
     assert len(images) == 6
     asked = [y.tolist() for _, time, y, _ in net.asked if time == 1000.0]
     assert asked == [[207, 207, 207, 360], [360, 360, 360, 360]]
+
+
+def test_a_call_may_change_how_it_samples():
+    net = Recorder()
+    config = without_autoencoder(config_of("uvit_h_imagenet256", "sample.cfg_scale=0"))
+    pipeline = UViTPipeline(config, net, None, None)
+    (image,) = pipeline([7], batch_size=1, steps=5)
+    assert (image.mode, image.size, len(net.asked)) == ("RGB", (32, 32), 5)
+    with pytest.raises(ConfigError, match=r"sample\.stepz"):
+        pipeline([7], stepz=5)
 
 
 def test_guidance_without_a_null_condition_is_refused():

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from uvit_dist.errors import DataError, MissingInputError
+from uvit_dist.errors import DataError, MissingInputError, OutputError
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+"""Files of a folder of weights, named as on the Hugging Face Hub."""
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
@@ -28,6 +34,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 1e4) -> 
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def described(model: dict[str, Any]) -> bytes:
+    """The ``config.json`` of a folder of weights. model: arguments of ``UViT``."""
+    return (json.dumps({"library_name": "uvit_dist", "architectures": ["UViT"], **model}, indent=2) + "\n").encode()
 
 
 class PatchEmbed(nn.Module):
@@ -116,7 +127,9 @@ class UViT(nn.Module):
         clip_dim: int | None = None,
         num_clip_token: int = 77,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments
         self.embed_dim, self.patch_size, self.use_checkpoint = embed_dim, patch_size, use_checkpoint
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.time_embed: nn.Module = nn.Identity()
@@ -155,6 +168,35 @@ class UViT(nn.Module):
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise DataError(f"{path}: no U-ViT exported by uvit_dist ({error})") from None
         return net.eval()
+
+    @staticmethod
+    def from_pretrained(path: str | Path) -> UViT:
+        """A network from a folder of ``save_pretrained`` or ``uvit_dist.export``, or a file, ready to sample.
+
+        Raises ``MissingInputError``, or ``DataError`` where it holds something else.
+        """
+        path = Path(path)
+        return UViT.from_file(path / WEIGHTS if path.is_dir() else path)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``, weights as they are now, into a folder.
+
+        Raises ``OutputError``.
+        """
+        folder = Path(directory)
+        model = {name: value for name, value in self.arguments.items() if name != "use_checkpoint"}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in (
+                (WEIGHTS, save(tensors, {"model": json.dumps(model)})),
+                (DESCRIPTION, described(model)),
+            ):
+                temporary = folder / f".{name}.tmp-{os.getpid()}"
+                temporary.write_bytes(content)
+                temporary.replace(folder / name)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
     def reset_parameters(self) -> None:
         """Normal 0.02 for Linear weights and ``pos_embed``, zero biases; label_emb stays N(0, 1) (official code).
