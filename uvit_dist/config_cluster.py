@@ -149,7 +149,10 @@ class Order(Section):
 
 
 def read_profile(path: str | Path | None) -> ClusterProfile:
-    """A profile from YAML, those of ``slurm/`` found from everywhere; none: the default one. Raises ``ConfigError`` with every mistake."""
+    """A profile from YAML, those of ``slurm/`` found from everywhere; none: the default one.
+
+    Raises ``ConfigError`` with every mistake.
+    """
     if path is None:
         return ClusterProfile()
     try:

@@ -26,7 +26,8 @@ def run(tmp_path):
     options = [f"model.{key}={value}" for key, value in {**MODEL, "in_chans": 3, "img_size": 32}.items()]
     config = load_config(
         ROOT / "configs" / "uvit_s_cifar10.yaml",
-        [*options, "diffusion.null_label=4", "diffusion.label_dropout=0.1", "sample.steps=3", "sample.solver=dpm_solver",
+        [*options, "diffusion.null_label=4", "diffusion.label_dropout=0.1", "sample.steps=3",
+         "sample.solver=dpm_solver",
          f"run_dir={tmp_path}/run"],
     ).model_dump(mode="json")  # fmt: skip
     make(tmp_path / "run", 10, 1, config=config)
