@@ -190,7 +190,7 @@ def test_damage_is_never_exported_nor_loaded(tmp_path, monkeypatch, capsys):
     exported = bytearray(out.read_bytes())
     exported[-1] ^= 1
     out.write_bytes(exported)
-    with pytest.raises(DataError, match=r"out.safetensors: damaged: \S+ differs from its hash; export or copy it again"):
+    with pytest.raises(DataError, match=r"safetensors: damaged: \S+ differs from its hash; export or copy it again"):
         load_weights(out)
 
 
