@@ -42,12 +42,12 @@ def test_an_attention_kernel_is_used_and_one_that_is_not_there_is_told(tmp_path)
     assert torch.allclose(results[1][1], results[2][1], rtol=1e-4, atol=1e-7)
     assert torch.equal(results[0][1], results[1][1]), "torch's choice on a CPU"
     for name in ("cudnn", "efficient"):
-        with pytest.raises(ConfigError, match=f"speed.attention {name}: no such kernel here for heads of 16"):
+        with pytest.raises(ConfigError, match=rf"speed\.attention {name}: no such kernel here for heads of 16"):
             kernel(name)
 
 
 def test_graphs_need_a_gpu():
-    with pytest.raises(ConfigError, match="speed.cuda_graphs needs a GPU"):
+    with pytest.raises(ConfigError, match=r"speed\.cuda_graphs needs a GPU"):
         compile_blocks(network(), SpeedConfig(compile=True, cuda_graphs=True), CPU)
 
 
