@@ -215,6 +215,8 @@ def every_stage_job(config, options):
     out = {}
     for stage in range(4):
         for name, more in options.items():
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
             tree = changed(config.model_dump(mode="json"), [f"zero.stage={stage}", *more])
             chosen = parse_config(tree)
             engine = Engine(network(chosen), chosen, ranks)
@@ -225,7 +227,6 @@ def every_stage_job(config, options):
                 result = engine.train_step(pieces, loss_of, always)
                 results.append((result.loss, result.grad_norm))
             out[stage, name] = results, sorted(engine.shapes), torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            torch._dynamo.utils.counters.clear()
     return out
 
 

