@@ -6,11 +6,14 @@ place in a batch, in memory that an earlier batch has left.
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from uvit_dist.data.journal import Damage, Substitute
@@ -42,17 +45,16 @@ class Batch:
 
 
 class Rows:
-    """Memory for the data (and contexts) of ``count`` samples.
+    """Memory for the data (and contexts) of ``count`` samples. pinned: a GPU copies from it by itself.
 
     columns: (address, bytes of each sample) of the data, and of the contexts where there are any.
     """
 
-    def __init__(self, made: Provenance, count: int) -> None:
+    def __init__(self, made: Provenance, count: int, pinned: bool = False) -> None:
         self.count = count
-        self._arrays = [np.empty((count, *made.shape), dtype=np.dtype(made.dtype).newbyteorder("<"))]
+        self._arrays = [_memory((count, *made.shape), made.dtype, pinned)]
         if made.text is not None:
-            kind = np.dtype(made.text.dtype).newbyteorder("<")
-            self._arrays.append(np.empty((count, *made.text.shape), dtype=kind))
+            self._arrays.append(_memory((count, *made.text.shape), made.text.dtype, pinned))
         self.columns = [(array.ctypes.data, array.nbytes // max(1, count)) for array in self._arrays]
 
     def tensors(self, pool: RowsPool | None = None) -> tuple[Tensor, Tensor | None]:
@@ -67,6 +69,14 @@ class Rows:
         return out[0], out[1] if len(out) > 1 else None
 
 
+def _memory(shape: tuple[int, ...], dtype: str, pinned: bool) -> NDArray[Any]:
+    kind = np.dtype(dtype).newbyteorder("<")
+    if not pinned:
+        return np.empty(shape, dtype=kind)
+    count = math.prod(shape) * kind.itemsize
+    return torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy().view(kind).reshape(shape)
+
+
 def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:
     left[0] -= 1
     if not left[0]:
@@ -76,15 +86,15 @@ def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:
 class RowsPool:
     """Memory of batches that nothing uses any more, ready for the next. The one left last is taken first."""
 
-    def __init__(self, made: Provenance) -> None:
-        self._made = made
+    def __init__(self, made: Provenance, pinned: bool = False) -> None:
+        self._made, self._pinned = made, pinned
         self._free: list[Rows] = []
 
     def take(self, count: int) -> Rows:
         """Memory for ``count`` samples, its content left from before."""
         if self._free and self._free[-1].count == count:
             return self._free.pop()
-        return Rows(self._made, count)
+        return Rows(self._made, count, self._pinned)
 
     def give(self, rows: Rows) -> None:
         """Take memory back."""
