@@ -29,7 +29,7 @@ class ModelConfig(Section):
     num_clip_token: int = Field(77, gt=0, description="number of text tokens")
     conv: bool = Field(True, description="a 3x3 convolution after unpatchify")
     skip: bool = Field(True, description="the long skip connections (off: ablation of the paper)")
-    use_checkpoint: bool = Field(False, description="recompute activations in the backward pass")
+    use_checkpoint: bool | Literal["selective"] = Field(False, description="recompute activations in the backward pass")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -147,6 +147,11 @@ class ZeroConfig(Section):
     stage: Literal[0, 1, 2, 3] = Field(1, description="0 nothing; 1 optimizer; 2 and gradients; 3 and weights")
     bucket_size: int = Field(25_000_000, gt=0, description="elements in a bucket of gradients")
     overlap_comm: bool = Field(True, description="reduce gradients beside the backward pass (GPU only)")
+    reduce_dtype: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="dtype in which ranks sum gradients: bf16 halves the bytes of fp32 gradients and rounds each sum "
+        "to 8 bits; fp32 doubles those of bf16 gradients; none: that of the gradients",
+    )
 
 
 class CheckpointConfig(Section):

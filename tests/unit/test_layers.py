@@ -50,6 +50,7 @@ LAYERS = {
     ],
     3: [
         "engine",
+        "gradient_sums",
         "checkpoint",
         "second_home",
         "saving",
