@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from uvit_dist.config import Config, ModelConfig, TrainConfig, ZeroConfig
 from uvit_dist.config_rules import micro_batch_size
 
+Checkpointing = bool | Literal["selective"]
+KEPT: dict[Checkpointing, str] = {False: "all kept", "selective": "products kept", True: "blocks recomputed"}
+"""What becomes of activations, by model.use_checkpoint; the more is recomputed the later."""
 RESIDUAL_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 """Of an element of the residual stream before the first skip connection: pos_embed makes it fp32 under autocast."""
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 2, "bf16": 2}
@@ -66,8 +70,8 @@ def forward_flop(model: ModelConfig) -> int:
 
 
 def training_flop(model: ModelConfig) -> int:
-    """Of a forward and a backward pass for one image; recomputed activations cost one more forward pass."""
-    return (4 if model.use_checkpoint else 3) * forward_flop(model)
+    """Of a forward and a backward pass for one image; blocks recomputed whole cost one more forward pass."""
+    return (4 if model.use_checkpoint is True else 3) * forward_flop(model)
 
 
 def activation_bytes(model: ModelConfig, precision: str) -> int:
@@ -131,6 +135,51 @@ def gpu_memory(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_s
         buckets=buckets,
         activations=micro * activation_bytes(model, train.precision),
     )
+
+
+def largest_micro_batch(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, room: float) -> int:
+    """Images of a rank in one forward pass that fit into ``room`` bytes at most; 0: not one does."""
+    fixed = gpu_memory(model, train, zero, world_size, 0).total
+    return max(0, int((room - fixed) // activation_bytes(model, train.precision)))
+
+
+def what_fits(config: Config, world_size: int, room: float) -> dict[int, dict[Checkpointing, int]]:
+    """The largest micro-batches that fit into ``room`` bytes of each rank, by ZeRO stage and model.use_checkpoint."""
+    table: dict[int, dict[Checkpointing, int]] = {}
+    for stage in range(1 if config.train.precision == "bf16" else 0, 4):
+        zero = config.zero.model_copy(update={"stage": stage})
+        table[stage] = {}
+        for kind in KEPT:
+            model = config.model.model_copy(update={"use_checkpoint": kind})
+            table[stage][kind] = largest_micro_batch(model, config.train, zero, world_size, room)
+    return table
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends for one update: sums of gradients, and gathered weights."""
+
+    gradients: float
+    weights: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.gradients + self.weights
+
+
+def traffic(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, passes: int = 1) -> Traffic:
+    """The least that ZeRO's collectives send, with rings. passes: micro-batches of a rank in an update.
+
+    A ring sends (N - 1)/N of a tensor to scatter its sums or to gather its parts, twice that for an all-reduce. Stages
+    2 and 3 scatter the gradients of every micro-batch; stage 3 gathers the weights for each pass forward and backward.
+    """
+    count, ring = parameters(model), (world_size - 1) / world_size
+    summed = {"fp32": 4, "bf16": 2, None: WEIGHT_BYTES[train.precision]}[zero.reduce_dtype]
+    weight = WEIGHT_BYTES[train.precision]
+    scatters = {0: 2, 1: 1, 2: passes, 3: passes}[zero.stage]
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * passes}[zero.stage]
+    return Traffic(scatters * ring * count * summed, gathers * ring * count * weight)
 
 
 def sample_bytes(config: Config) -> int:

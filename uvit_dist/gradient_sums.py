@@ -1,8 +1,8 @@
 """ZeRO-1 and 2: a sum of gradients goes to the rank that needs it, in half the bytes of DeepSpeed's all-reduce.
 
-DeepSpeed 0.19 all-reduces each bucket of gradients and lets every rank keep its part: 2 (N - 1)/N of the bucket's bytes
-from each rank. Its other way, ``use_multi_rank_bucket_allreduce: false``, reduces to the owners, but waits for the GPU at
-each bucket; over gloo it sends more still. Here each bucket's pieces are summed to their owners at once.
+DeepSpeed 0.19 all-reduces each bucket of gradients and lets every rank keep its part: 2 (N - 1)/N of the bucket's
+bytes from each rank. Its other way, ``use_multi_rank_bucket_allreduce: false``, reduces to the owners, but waits for
+the GPU at each bucket; over gloo it sends more still. Here each bucket's pieces are summed to their owners at once.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ LAYERS = {
         "config_cluster",
         "pins",
         "forecast",
+        "tuning",
         "ema",
         "fid",
         "scores",
@@ -70,7 +71,7 @@ LAYERS = {
         "sampler",
         "pretrained",
     ],
-    4: ["train", "evaluate", "evaluation"],
+    4: ["train", "trial", "evaluate", "evaluation"],
     5: [
         "submit",
         "snapshot",
