@@ -78,15 +78,21 @@ def activation_bytes(model: ModelConfig, precision: str) -> int:
     """What is kept of one image's forward pass until the backward pass, at its most.
 
     A block keeps the inputs of its two norms, four linear layers and GELU, and q, k, v and their result; behind a skip
-    connection, the joined input as well. Recomputed, the blocks keep their inputs, and one of them all else.
+    connection, the joined input as well. Selective checkpointing drops the results of norms, GELU and joining, and
+    keeps what they are made of. Recomputed whole, the blocks keep their inputs, and one of them all else.
     """
-    residual, compute = RESIDUAL_BYTES[precision], COMPUTE_BYTES[precision]
-    half, inner = model.depth // 2, compute * (6 + 2 * model.mlp_ratio)
+    residual, compute, ratio = RESIDUAL_BYTES[precision], COMPUTE_BYTES[precision], model.mlp_ratio
+    half, inner = model.depth // 2, compute * (6 + 2 * ratio)
     plain, ends = 2 * residual + inner, 2 * compute
     joined = 4 * compute + inner if model.skip else plain
     behind = compute if model.skip else residual  # the residual stream after the first skip connection
-    if model.use_checkpoint:
+    if model.use_checkpoint is True:
         units = residual * (half + 2) + behind * (half - 1) + ends + max(plain, joined)
+    elif model.use_checkpoint == "selective":
+        inner = compute * (4 + ratio)
+        plain = 2 * residual + inner
+        joined = 3 * compute + inner if model.skip else plain
+        units = (half + 1) * plain + half * joined + (residual - behind) + ends
     else:
         units = (half + 1) * plain + half * joined + ends
     return round(units * tokens(model) * model.embed_dim)
