@@ -29,9 +29,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import provenance
 from benchmarks.gpu_official import Official
 from benchmarks.gpu_sampling import sampling
-from benchmarks.gpu_session import BACKENDS, DEVICE, FULL, TINY, Session, Size, seconds
+from benchmarks.gpu_session import DEVICE, FULL, TINY, Session, Size, seconds
 from benchmarks.gpu_training import against_official, saves, training
 from uvit_dist import dist
+from uvit_dist.acceleration import KERNELS
 
 
 def ceilings(session: Session) -> None:
@@ -58,7 +59,7 @@ def ceilings(session: Session) -> None:
     q, k_, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     flop = 3.5 * 4.0 * batch * heads * tokens * tokens * each
     rates = {}
-    for name, backend in BACKENDS.items():
+    for name, backend in KERNELS.items():
 
         def both(backend: SDPBackend = backend) -> None:
             with sdpa_kernel([backend]):

@@ -28,7 +28,7 @@ def random_autoencoder(session: Session) -> Autoencoder:
 def sampling(session: Session) -> None:
     """G6 and G7: images/s of guided sampling with decoding, and of the autoencoder both ways."""
     size = session.size
-    config = configuration(session, size.micro_batches[-1], False)
+    config = configuration(session, size.micro_batches[-1])
     torch.manual_seed(0)
     net = UViT(**config.model.model_dump()).to(DEVICE).eval().requires_grad_(False)
     autoencoder = random_autoencoder(session)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from benchmarks import ROOT
 from benchmarks.gpu_official import Official
@@ -19,8 +18,6 @@ from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
 TARGETS = {
     "G1 share of G0's product rate": (0.50, 0.57),
     "G3 peak memory at B=128, of official without checkpointing": (0.8, 0.8),
@@ -120,15 +117,14 @@ def forward_flop(net: dict[str, Any]) -> float:
     return 2.0 * ((depth + 1) * block + skips + ends)
 
 
-def configuration(session: Session, batch: int, checkpointed: bool) -> Config:
-    """The published configuration of ImageNet 512 at this size, on one GPU."""
+def configuration(session: Session, batch: int, *more: str) -> Config:
+    """The published configuration of ImageNet 512 at this size, on one GPU. more: overrides."""
     options = [f"model.{key}={str(value).lower()}" for key, value in session.size.network.items()]
     options += [
-        f"model.use_checkpoint={str(checkpointed).lower()}", f"train.global_batch_size={batch}", 
-        "optimizer.warmup_steps=10",
+        f"train.global_batch_size={batch}", "optimizer.warmup_steps=10",
         f"train.micro_batch_size={batch}", "data.lanes=2", f"data.image_size={8 * session.size.network['img_size']}",
         f"diffusion.null_label={session.size.network['num_classes'] - 1}", "launch.nodes=1",
         "launch.processes_per_node=1", "launch.target=local", "zero.stage=1", f"run_dir={session.directory}/run",
-        f"sample.steps={session.size.solver_steps}",
+        f"sample.steps={session.size.solver_steps}", *more,
     ]  # fmt: skip
     return load_config(ROOT / "configs" / "uvit_h_imagenet512.yaml", options)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 
-from benchmarks.gpu_session import BACKENDS, DEVICE, Session, configuration, forward_flop, peak_gb, seconds, synchronize
+from benchmarks.gpu_session import DEVICE, Session, configuration, forward_flop, peak_gb, seconds, synchronize
 from uvit_dist import dist
+from uvit_dist.data.journal import Journal
 from uvit_dist.data.latents import Provenance, Sample
-from uvit_dist.data.loader import ShardLoader
 from uvit_dist.data.plan import Plan
 from uvit_dist.data.shards import ShardIndex, read_index, write_index, write_shard
 from uvit_dist.engine import Engine
@@ -25,7 +23,7 @@ from uvit_dist.guard import Guard
 from uvit_dist.loss import Objective
 from uvit_dist.models.uvit import UViT
 from uvit_dist.saving import Saver
-from uvit_dist.train import micro_batches
+from uvit_dist.train import micro_batches, open_loader
 
 
 def make_shards(session: Session) -> ShardIndex:
@@ -50,12 +48,23 @@ def make_shards(session: Session) -> ShardIndex:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train. attention: a back end by name; none: torch's choice."""
+    """One way to train, in the values of the configuration's keys."""
 
     batch: int
-    checkpointed: bool = False
+    checkpointed: Literal[False, True, "selective"] = False
     compiled: bool = False
-    attention: str | None = None
+    attention: str = "auto"
+    graphs: bool = False
+
+    @property
+    def overrides(self) -> list[str]:
+        """Of the configuration."""
+        return [
+            f"model.use_checkpoint={str(self.checkpointed).lower()}",
+            f"speed.compile={str(self.compiled).lower()}",
+            f"speed.attention={self.attention}",
+            f"speed.cuda_graphs={str(self.graphs).lower()}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,12 @@ class Training:
 
 def train(session: Session, way: Way, steps: int, warm_ups: int = 3) -> Training:
     """Whole steps of ours: real loader, draws, forward, backward, AdamW, EMA."""
-    config = configuration(session, way.batch, way.checkpointed)
+    config = configuration(session, way.batch, *way.overrides)
     torch.manual_seed(0)
     net = UViT(**config.model.model_dump())
-    if way.compiled:
-        for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
-            block.compile()
     index, ranks = session.found["index"], dist.Ranks()
     plan = Plan(index.counts, config.seed, way.batch, config.data.lanes, 64)
-    loader = ShardLoader(index, plan, 0, 1, read_threads=4, prefetch_blocks=1)
+    loader = open_loader(config, index, plan, ranks, 0, Journal())
     engine, objective, guard = Engine(net, config, ranks), Objective(config), Guard(config.guard)
     losses: list[float] = []
     waited = 0.0
@@ -104,16 +110,10 @@ def train(session: Session, way: Way, steps: int, warm_ups: int = 3) -> Training
         synchronize()
         return time.perf_counter() - begin
 
-    with attention(way.attention):
-        took: list[float] = []
-        peak = peak_gb(lambda: took.append(all_steps()))
+    took: list[float] = []
+    peak = peak_gb(lambda: took.append(all_steps()))
     loader.close()
     return Training(steps * way.batch / took[0], waited / took[0], peak, losses)
-
-
-def attention(name: str | None) -> AbstractContextManager[Any]:
-    """The back end of that name, or torch's choice."""
-    return nullcontext() if name is None else sdpa_kernel([BACKENDS[name]])
 
 
 def tried(session: Session, way: Way, steps: int) -> Training | None:
@@ -133,27 +133,30 @@ def tried(session: Session, way: Way, steps: int) -> Training | None:
     return done
 
 
+def fastest(session: Session, ways: list[Way], best: tuple[Way, Training] | None = None) -> tuple[Way, Training] | None:
+    """The fastest of these ways and the best so far; none where none works."""
+    for way in ways:
+        done = tried(session, way, session.size.repeat)
+        if done is not None and (best is None or done.images_per_s > best[1].images_per_s):
+            best = way, done
+    return best
+
+
 def training(session: Session) -> None:
     """G1, G3, G4, G5: the best way by measurement, its rate, its memory, small batches."""
-    size, steps = session.size, session.size.repeat
+    size = session.size
     session.found["index"] = make_shards(session)
-    best: tuple[Way, Training] | None = None
-    for batch in size.micro_batches:
-        for compiled in (False, True) if DEVICE.type == "cuda" else (False,):
-            way = Way(batch, compiled=compiled)
-            done = tried(session, way, steps)
-            if done is not None and (best is None or done.images_per_s > best[1].images_per_s):
-                best = way, done
+    best = fastest(session, [Way(batch) for batch in size.micro_batches])
+    batches = size.micro_batches[: size.micro_batches.index(best[0].batch) + 1] if best else size.micro_batches
+    # both keep less, which may make room for a larger batch
+    ways = [way for batch in batches for way in (Way(batch, compiled=True), Way(batch, "selective"))]
+    best = fastest(session, ways, best)
     if best is None:
-        way = Way(size.micro_batches[-1], checkpointed=True)
-        done = tried(session, way, steps)
-        assert done is not None, "no way to train fits this GPU"
-        best = way, done
+        best = fastest(session, [Way(size.micro_batches[-1], True)])
+        assert best is not None, "no way to train fits this GPU"
     name = session.found.get("attention")
-    chosen = Way(best[0].batch, best[0].checkpointed, best[0].compiled, name)
-    done = tried(session, chosen, steps) if name else None
-    if done is not None and done.images_per_s > best[1].images_per_s:
-        best = chosen, done
+    if name:
+        best = fastest(session, [replace(best[0], attention=name)], best) or best
     way, done = best
     flop = 3 * forward_flop(size.network)
     session.found["best"] = done
@@ -161,16 +164,20 @@ def training(session: Session) -> None:
     if "product" in session.found:
         session.tell("G1 share of G0's product rate", done.images_per_s * flop / session.found["product"])
     session.tell("G5 waiting for data, of the step", done.waited)
-    for checkpointed in (False, True):
-        memory = tried(session, Way(size.memory_batch, checkpointed, way.compiled, way.attention), 2)
+    names: dict[Literal[False, True, "selective"], str] = {
+        False: "", "selective": ", selective", True: ", checkpointed"
+    }  # fmt: skip
+    for checkpointed, told in names.items():
+        memory = tried(session, replace(way, batch=size.memory_batch, checkpointed=checkpointed), 2)
         if memory is not None:
             session.found[f"peak_{checkpointed}"] = memory.peak_gb
-            session.tell(
-                f"G3 peak memory at B={size.memory_batch}, GB{', checkpointed' if checkpointed else ''}", memory.peak_gb
-            )
-    small = tried(session, Way(size.small_batch, False, way.compiled, way.attention), steps)
+            session.tell(f"G3 peak memory at B={size.memory_batch}, GB{told}", memory.peak_gb)
+    plain = replace(way, batch=size.small_batch, checkpointed=False)
+    graphs = [replace(plain, compiled=True, graphs=True)] if DEVICE.type == "cuda" else []
+    small = fastest(session, [plain, *graphs])
     if small is not None:
-        session.tell("G4 throughput at B=16, of the best batch's", small.images_per_s / done.images_per_s)
+        rate = small[1].images_per_s / done.images_per_s
+        session.tell("G4 throughput at B=16, of the best batch's", rate, way=str(small[0]))
 
 
 def saves(session: Session) -> None:
@@ -178,7 +185,7 @@ def saves(session: Session) -> None:
     numel = sum(p.numel() for p in UViT(**session.size.network).parameters()) // 8
     kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
     state = {f"{kind}/w/0": torch.randn(numel, device=DEVICE) for kind in kinds}
-    config = configuration(session, session.size.micro_batches[0], False)
+    config = configuration(session, session.size.micro_batches[0])
     saver = Saver(str(session.directory / "saves"), config.checkpoint, dist.Ranks())
     times = []
     for step in range(1, 6):

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from uvit_dist.config_data import DataConfig, PrecomputeConfig, Section, StorageConfig
 from uvit_dist.config_evaluate import EvaluateConfig
 from uvit_dist.config_rules import raise_broken, rules_between
+from uvit_dist.config_speed import ProfileConfig, SpeedConfig
 
 
 class ModelConfig(Section):
@@ -29,7 +30,11 @@ class ModelConfig(Section):
     num_clip_token: int = Field(77, gt=0, description="number of text tokens")
     conv: bool = Field(True, description="a 3x3 convolution after unpatchify")
     skip: bool = Field(True, description="the long skip connections (off: ablation of the paper)")
-    use_checkpoint: bool | Literal["selective"] = Field(False, description="recompute activations in the backward pass")
+    use_checkpoint: Literal[False, True, "selective"] = Field(
+        False,
+        description="what the backward pass recomputes: nothing; whole blocks; or ('selective') norms, GELU and the "
+        "joined inputs behind skips, the results of products being kept",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -247,6 +252,8 @@ class Config(Section):
     ema: EmaConfig = EmaConfig()
     train: TrainConfig
     zero: ZeroConfig = ZeroConfig()
+    speed: SpeedConfig = SpeedConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig
     guard: GuardConfig = GuardConfig()
     sample: SampleConfig = SampleConfig()

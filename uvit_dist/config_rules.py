@@ -20,7 +20,17 @@ def raise_broken(rules: Sequence[Rule]) -> None:
 def rules_between(sections: Mapping[str, Any]) -> list[Rule]:
     """The rules that concern several sections, as (holds, message): those whose sections are all given."""
     rules: list[Rule] = []
-    groups = (_space_rules, _text_rules, _label_rules, _sampling_rules, _precision_rules, _path_rules, _launch_rules)
+    groups = (
+        _space_rules,
+        _text_rules,
+        _label_rules,
+        _sampling_rules,
+        _precision_rules,
+        _graph_rules,
+        _profile_rules,
+        _path_rules,
+        _launch_rules,
+    )
     for group in groups:
         with contextlib.suppress(KeyError):
             rules += group(sections)
@@ -106,6 +116,37 @@ def _precision_rules(sections: Mapping[str, Any]) -> list[Rule]:
         (
             sections["train"].precision != "bf16" or sections["zero"].stage > 0,
             "train.precision bf16 needs zero.stage 1, 2 or 3, which keep its fp32 master weights",
+        ),
+    ]
+
+
+def _graph_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    graphs, stage = sections["speed"].cuda_graphs, sections["zero"].stage
+    return [
+        (
+            not graphs or stage in (1, 2),
+            f"speed.cuda_graphs needs zero.stage 1 or 2, not {stage}: a graph wants weights that stay in their place "
+            "(stage 3 moves them) and gradients that are taken away (stage 0 leaves them)",
+        ),
+        (
+            not graphs or sections["model"].use_checkpoint is not True,
+            "speed.cuda_graphs: with model.use_checkpoint true a block runs again before its first results are used up;"
+            " set it to selective or false",
+        ),
+    ]
+
+
+def _profile_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    profile, steps, launch = sections["profile"], sections["train"].steps, sections["launch"]
+    world_size = launch.nodes * launch.processes_per_node
+    return [
+        (
+            profile.span is None or profile.span[1] <= steps,
+            f"profile.steps {profile.steps} must end within train.steps {steps}",
+        ),
+        (
+            profile.span is None or all(rank < world_size for rank in profile.ranks),
+            f"profile.ranks {profile.ranks}: launch has the ranks 0 to {world_size - 1}",
         ),
     ]
 

@@ -17,8 +17,10 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from uvit_dist import dist, gradient_sums
+from uvit_dist.acceleration import attention_kernel, compile_blocks
 from uvit_dist.config import Config
 from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.dist import Ranks
@@ -82,7 +84,8 @@ def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
 class Engine:
     """Trains a network with AdamW under DeepSpeed ZeRO. ``step`` counts the updates made.
 
-    After construction every rank holds the same weights, and the EMA equals them. Raises what DeepSpeed raises.
+    After construction every rank holds the same weights, and the EMA equals them. Raises what DeepSpeed raises, and
+    ``ConfigError`` where the device cannot do what ``speed`` asks for.
     """
 
     def __init__(self, net: nn.Module, config: Config, ranks: Ranks) -> None:
@@ -92,7 +95,9 @@ class Engine:
         if self._micro_batch != config.train.micro_batch_size:
             log.info("micro-batches of %d: train.micro_batch_size %d does not divide a rank's batch",
                      self._micro_batch, config.train.micro_batch_size)  # fmt: skip
+        self._attention = attention_kernel(config, ranks.device)
         net = net.to(ranks.device)
+        compile_blocks(net, config.speed, ranks.device)
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
         initial = {name: p.detach().clone().flatten() for name, p in net.named_parameters()}
         wrapped = _Autocast(net, ranks.device.type, config.train.precision == "bf16_autocast")
@@ -169,24 +174,32 @@ class Engine:
             group["lr"] = lr
         self._ds.train()
         losses = []
-        for number, micro_batch in enumerate(micro_batches):
-            loss = loss_of(self._ds, micro_batch)
-            self._ds.backward(loss)
-            losses.append(loss.detach().float())
-            if number < len(micro_batches) - 1:
-                self._ds.step()  # not yet an update: it counts micro-batches
-        own_loss = torch.stack(losses).mean()
-        loss_mean, grad_norm, raised = self._agree(own_loss, flags)
+        with self._attention():
+            for number, micro_batch in enumerate(micro_batches):
+                with record_function("forward"):
+                    loss = loss_of(self._ds, micro_batch)
+                with record_function("backward"):
+                    self._ds.backward(loss)
+                losses.append(loss.detach().float())
+                if number < len(micro_batches) - 1:
+                    self._ds.step()  # not yet an update: it counts micro-batches
+        with record_function("agree"):
+            loss_mean, grad_norm, raised, own_loss = self._agree(torch.stack(losses).mean(), flags)
         applied = admit(loss_mean, grad_norm)
-        if applied:
-            self._ds.step()
-            assert self._ds.was_step_applied(), "DeepSpeed skipped an update that was admitted"
-            decay = ema_decay_at(self.step, self.config.ema.decay, self.config.ema.warmup)
-            ema_update_(self._ema, self._masters, decay)
-            self.step += 1
-        else:
-            self._discard_gradients()
-        return StepResult(loss_mean, grad_norm, lr, raised, applied, own_loss.item())
+        with record_function("update"):
+            if applied:
+                self._update()
+            else:
+                self._discard_gradients()
+        return StepResult(loss_mean, grad_norm, lr, raised, applied, own_loss)
+
+    def _update(self) -> None:
+        """AdamW, then the EMA."""
+        self._ds.step()
+        assert self._ds.was_step_applied(), "DeepSpeed skipped an update that was admitted"
+        decay = ema_decay_at(self.step, self.config.ema.decay, self.config.ema.warmup)
+        ema_update_(self._ema, self._masters, decay)
+        self.step += 1
 
     def _discard_gradients(self) -> None:
         """Drop what was accumulated, and begin an update anew.
@@ -210,7 +223,8 @@ class Engine:
     def forward_only(self, compute: Callable[[nn.Module], Any]) -> Any:
         """compute(network) without gradients; under ZeRO-3 every rank must call the network equally often."""
         self._ds.eval()
-        return compute(self._ds)
+        with self._attention():
+            return compute(self._ds)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -226,15 +240,19 @@ class Engine:
                 master.data.copy_(value)
             self._refresh_parameters()
 
-    def _agree(self, loss: Tensor, flags: Sequence[bool]) -> tuple[float, float, tuple[bool, ...]]:
-        """Mean loss, gradient norm and of each flag whether it is up on any rank."""
+    def _agree(self, loss: Tensor, flags: Sequence[bool]) -> tuple[float, float, tuple[bool, ...], float]:
+        """Mean loss, gradient norm, of each flag whether it is up on any rank, and this rank's own loss.
+
+        Here the host waits for the device, once in a step: whether the update is made is decided by numbers.
+        """
         squares = [gradient.float().square().sum() for gradient in self._local_gradients()]
         norm_square = torch.stack(squares).sum() if squares else loss.new_zeros(())
         if self.config.zero.stage == 0:  # every rank holds all of the gradient
             norm_square = norm_square / self.ranks.world_size
-        told = torch.stack([loss / self.ranks.world_size, norm_square, *loss.new_tensor([float(f) for f in flags])])
-        mean, total, *raised = dist.sum_(told).tolist()
-        return mean, math.sqrt(total) if total >= 0 else math.nan, tuple(count > 0 for count in raised)
+        raised = [loss.new_full((), float(flag)) for flag in flags]  # filled on the device, not copied to it
+        told = dist.sum_(torch.stack([loss / self.ranks.world_size, norm_square, *raised]))
+        mean, total, *counts, own_loss = torch.cat([told, loss[None]]).tolist()
+        return mean, math.sqrt(total) if total >= 0 else math.nan, tuple(count > 0 for count in counts), own_loss
 
     def _local_gradients(self) -> list[Tensor]:
         """The averaged gradients that this rank owns (at stage 0 all of them)."""

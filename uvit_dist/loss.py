@@ -62,8 +62,8 @@ class Objective:
             if labels is not None and diffusion.null_label is not None:
                 labels = drop_labels(labels, uniforms, diffusion.label_dropout, diffusion.null_label)
             if contexts is not None and self._empty_context is not None:
-                empty = self._empty_context.to(contexts)
-                contexts = drop_labels(contexts, uniforms, diffusion.label_dropout, empty)
+                self._empty_context = self._empty_context.to(contexts)  # copied once: a copy would wait for the device
+                contexts = drop_labels(contexts, uniforms, diffusion.label_dropout, self._empty_context)
         return Example(x0, noise, time, labels, contexts)
 
     def _data(self, batch: Batch, seed: int, prefix: str, who: tuple[int, Tensor]) -> Tensor:

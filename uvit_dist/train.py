@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from uvit_dist import checkpoint, dist, preflight, storage, watchdog
+from uvit_dist.acceleration import on_device
 from uvit_dist.config import Config
 from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.copier import Copier
@@ -29,8 +31,11 @@ from uvit_dist.loss import Example, LossByTime, Objective, Trace
 from uvit_dist.metrics import JsonLines, MetricsLog, Progress
 from uvit_dist.models.uvit import UViT
 from uvit_dist.preemption import StopFlag
+from uvit_dist.profile_summary import DATA
+from uvit_dist.profiling import StepProfiler
 from uvit_dist.resuming import State, make_manifest, resume
 from uvit_dist.saving import Saver
+from uvit_dist.utilisation import peak_tflops, utilisation
 from uvit_dist.validation import Validation
 from uvit_dist.weights import adapt, check_same_noise, load_weights
 
@@ -133,9 +138,9 @@ def open_loader(
     config: Config, index: ShardIndex, plan: Plan, ranks: Ranks, step: int, journal: Journal
 ) -> ShardLoader:
     """This rank's batches from the update number ``step`` on."""
-    data = config.data
+    data, pinned = config.data, config.speed.prefetch and ranks.device.type == "cuda"
     return ShardLoader(
-        index, plan, ranks.rank, ranks.world_size, step, data.read_threads, data.prefetch_blocks, journal
+        index, plan, ranks.rank, ranks.world_size, step, data.read_threads, data.prefetch_blocks, journal, pinned
     )
 
 
@@ -177,11 +182,12 @@ def initial_network(config: Config, ranks: Ranks) -> UViT:
 def micro_batches(batch: Batch, config: Config, ranks: Ranks) -> Iterator[Batch]:
     """A rank's batch in micro-batches, on the device."""
     size = micro_batch_size(config.train, ranks.world_size)
+    batch = on_device(batch, ranks.device, config.speed.prefetch)
     return (batch.to(ranks.device, slice(first, first + size)) for first in range(0, len(batch.ids), size))
 
 
 class Report:
-    """Metrics, progress and trace of the loop; only rank 0 writes."""
+    """Metrics, progress, trace and profile of the loop; all but profiles are written by rank 0 alone."""
 
     def __init__(self, config: Config, ranks: Ranks, first_step: int) -> None:
         self.config, self.ranks = config, ranks
@@ -194,6 +200,9 @@ class Report:
         self._places: list[tuple[Tensor, Tensor]] = []
         self._since, self._waited, self._begun = time.monotonic(), 0.0, False
         self._read = storage.COUNTS.snapshot()
+        self._profiler = StepProfiler(config.profile, config.run_dir, ranks)
+        gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+        self._peak_tflops = config.speed.peak_tflops or peak_tflops(gpu)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -205,10 +214,12 @@ class Report:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside is time waited for data."""
+        """A step begins; time spent inside is time waited for data."""
+        self._profiler.begin(self._step)
         start = time.monotonic()
         watchdog.progress("reading" if self._begun else watchdog.FIRST_STEP, self._step)
-        yield
+        with record_function(DATA):
+            yield
         watchdog.progress("training" if self._begun else watchdog.FIRST_STEP)
         self._waited, self._begun = self._waited + time.monotonic() - start, True
 
@@ -224,6 +235,7 @@ class Report:
 
         step: updates made.
         """
+        self._end_of_profiled(step)
         self._places.clear()
         if self.trace is not None:
             self.trace.rows = []
@@ -246,6 +258,7 @@ class Report:
         if step % self.config.train.log_every == 0 or step == self.config.train.steps or validation:
             now = time.monotonic()
             batch = self.config.train.global_batch_size
+            images_per_s = len(self._losses) * batch / (now - self._since)
             record = {
                 "step": step,
                 "epoch": epoch,
@@ -253,7 +266,9 @@ class Report:
                 "loss": sum(self._losses) / len(self._losses),
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
-                "images_per_s": len(self._losses) * batch / (now - self._since),
+                "images_per_s": images_per_s,
+                **utilisation(self.config.model, images_per_s, self.ranks.world_size, self._peak_tflops),
+                **self._memory_record(),
                 **self._data_record(now - self._since),
                 "time": time.time(),
                 **validation,
@@ -266,6 +281,21 @@ class Report:
         self._progress.update(step, record)
         if self.trace is not None:
             self._write_trace(step, self.trace)
+        self._end_of_profiled(step)
+
+    def _end_of_profiled(self, step: int) -> None:
+        """The step is over; time for writing a profile is not counted as training."""
+        start = time.monotonic()
+        self._profiler.end(step)
+        self._since += time.monotonic() - start
+
+    def _memory_record(self) -> dict[str, float]:
+        """The most that torch had allocated on this rank's GPU since the last record, 10^9 bytes."""
+        if self.ranks.device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(self.ranks.device)
+        torch.cuda.reset_peak_memory_stats(self.ranks.device)
+        return {"memory_gb": peak / 1e9}
 
     def _data_record(self, elapsed_s: float) -> dict[str, float]:
         """How the data came since the last record: sums over all ranks, the wait the mean of a rank's step."""
@@ -292,6 +322,7 @@ class Report:
     def close(self) -> None:
         """Close the files and the bar."""
         self._progress.close()
+        self._profiler.close()
         if self._traces is not None:
             self._traces.close()
         if self._metrics is not None:

@@ -13,7 +13,7 @@ PRESETS = json.loads((GOLDEN / "presets.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["class_cond", "uncond_conv", "text_cond", "mlp_time_qkv_bias"])
-@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize("use_checkpoint", [False, True, "selective"])
 def test_forward_equals_the_official_network(name, use_checkpoint):
     golden = np.load(GOLDEN / f"uvit_{name}.npz")
     net = UViT(**json.loads(str(golden["config"])), use_checkpoint=use_checkpoint)
@@ -51,11 +51,46 @@ def test_initialisation_is_the_published_one():
     assert net.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_checkpointing_changes_neither_output_nor_gradients():
-    gradients = []
-    for use_checkpoint in (False, True):
-        torch.manual_seed(0)
-        net = UViT(8, 2, 4, 32, 4, 2, num_classes=3, use_checkpoint=use_checkpoint)
-        net(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, 2])).square().mean().backward()
-        gradients.append([p.grad for p in net.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+def one_pass(use_checkpoint, skip=True):
+    """Gradients of a small network, and the bytes that autograd kept for them, each storage once, without weights."""
+    torch.manual_seed(0)
+    net = UViT(8, 2, 4, 32, 4, 2, num_classes=3, use_checkpoint=use_checkpoint, skip=skip)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, timesteps, labels = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, 2])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = net(x, timesteps, labels).square().mean()
+    loss.backward()
+    return [p.grad for p in net.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_checkpointing_changes_no_gradient_and_keeps_less(skip):
+    (plain, all_bytes), (whole, block_bytes), (some, selective_bytes) = (
+        one_pass(use_checkpoint, skip) for use_checkpoint in (False, True, "selective")
+    )
+    for gradients in (whole, some):
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients, strict=True))
+    assert block_bytes < selective_bytes < all_bytes
+    tokens = 2 * 18 * 32 * 4  # bytes of (B, L, D) in fp32
+    recomputed = 5 * (2 + 4) + (2 * 2 if skip else 0)  # two norms and GELU of each block; what skips join
+    joined = 2 if skip else 0  # what is to be joined is kept instead; the skip itself is kept anyhow
+    assert all_bytes - selective_bytes == pytest.approx((recomputed - joined) * tokens, rel=0.02)
+
+
+def test_selective_checkpointing_does_no_product_again():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = []
+    for use_checkpoint in (False, "selective"):
+        with FlopCounterMode(display=False) as counter:
+            one_pass(use_checkpoint)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0

@@ -6,6 +6,7 @@ place in a batch, in memory that an earlier batch has left.
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +45,15 @@ class Batch:
 
 
 class Rows:
-    """Memory for the data (and contexts) of ``count`` samples; ``data[i]``, ``contexts[i]`` are the bytes of one."""
+    """Memory for the data (and contexts) of ``count`` samples; ``data[i]``, ``contexts[i]`` are the bytes of one.
 
-    def __init__(self, made: Provenance, count: int) -> None:
+    pinned: a GPU copies from it by itself.
+    """
+
+    def __init__(self, made: Provenance, count: int, pinned: bool = False) -> None:
         self.count = count
-        self._arrays = [np.empty((count, *made.shape), dtype=np.dtype(made.dtype).newbyteorder("<"))]
-        if made.text is not None:
-            kind = np.dtype(made.text.dtype).newbyteorder("<")
-            self._arrays.append(np.empty((count, *made.text.shape), dtype=kind))
+        parts = [made] if made.text is None else [made, made.text]
+        self._arrays = [_memory((count, *part.shape), part.dtype, pinned) for part in parts]
         self.data, *rest = (_cut(array) for array in self._arrays)
         self.contexts = rest[0] if rest else []
 
@@ -65,6 +67,14 @@ class Rows:
                 weakref.finalize(view, _returned, left, pool, self).atexit = False
             out.append(torch.from_numpy(view))  # holds the view as long as any tensor shares its storage
         return out[0], out[1] if len(out) > 1 else None
+
+
+def _memory(shape: tuple[int, ...], dtype: str, pinned: bool) -> NDArray[Any]:
+    kind = np.dtype(dtype).newbyteorder("<")
+    if not pinned:
+        return np.empty(shape, dtype=kind)
+    count = math.prod(shape) * kind.itemsize
+    return torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy().view(kind).reshape(shape)
 
 
 def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:
@@ -82,15 +92,15 @@ def _cut(array: NDArray[Any]) -> list[memoryview]:
 class RowsPool:
     """Memory of batches that nothing uses any more, ready for the next. The one left last is taken first."""
 
-    def __init__(self, made: Provenance) -> None:
-        self._made = made
+    def __init__(self, made: Provenance, pinned: bool = False) -> None:
+        self._made, self._pinned = made, pinned
         self._free: list[Rows] = []
 
     def take(self, count: int) -> Rows:
         """Memory for ``count`` samples, its content left from before."""
         if self._free and self._free[-1].count == count:
             return self._free.pop()
-        return Rows(self._made, count)
+        return Rows(self._made, count, self._pinned)
 
     def give(self, rows: Rows) -> None:
         """Take memory back."""

@@ -45,7 +45,8 @@ class ShardLoader:
     """Iterates over a rank's batches from an update on, for ever. Its whole state is that number and the journal.
 
     read_threads (parts of shards read at once; 0: in the calling thread) and prefetch_blocks (blocks ahead, in each
-    lane) change how fast, never what. A batch's tensors are valid for as long as they are held.
+    lane) change how fast, never what. A batch's tensors are valid for as long as they are held. pinned: their memory
+    is; a copy from it that is under way must be over before they are let go.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ShardLoader:
         read_threads: int = 4,
         prefetch_blocks: int = 1,
         journal: Journal | None = None,
+        pinned: bool = False,
     ) -> None:
         self.plan, self.step, self.journal = plan, start_step, journal or Journal()
         self._index, self._names = index, [record.name for record in index.shards]
@@ -66,7 +68,7 @@ class ShardLoader:
         self._threads = ThreadPoolExecutor(read_threads, thread_name_prefix="shard-reader") if read_threads else None
         self._ahead = prefetch_blocks if read_threads else 0
         self._blocks: dict[tuple[int, int, int], _Block] = {}
-        self._memory, self._rows = RowsPool(index.provenance), dict[int, Rows]()
+        self._memory, self._rows = RowsPool(index.provenance, pinned), dict[int, Rows]()
         self._next_in_plan = 0
 
     def adopt(self, journal: Journal, step: int | None = None) -> None:

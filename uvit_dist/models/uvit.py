@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -17,6 +19,26 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from uvit_dist.errors import DataError, MissingInputError
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """function(*args), of which autograd keeps the arguments alone and gets the rest again in the backward pass.
+
+    That stops where the last thing wanted has been saved: a product that comes last is not done again.
+    """
+    return checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing is drawn here
+        # Under ZeRO-3 a weight is empty between its uses, which the metadata check would take for a change.
+        determinism_check="none",
+    )
+
+
+def _kept(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """function(*args), of which autograd keeps what it wants."""
+    return function(*args)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
@@ -51,9 +73,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, L, D). Returns (B, L, D)."""
-        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv: (B, L, 3D), what ``self.qkv`` makes of the tokens. Returns (B, L, D)."""
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
         return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)"))
 
 
@@ -66,29 +88,49 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, L, D). Returns (B, L, D)."""
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (B, L, hidden_dim), what ``self.fc1`` makes of the tokens. Returns (B, L, D)."""
+        return self.fc2(self.act(hidden))
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block; an out-block first maps cat[x, skip] (2D) to D (section 3.1 of the paper)."""
+    """Pre-LN transformer block; an out-block first maps cat[x, skip] (2D) to D (section 3.1 of the paper).
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False) -> None:
+    selective: autograd keeps the residual stream and the results of products; norms, GELU and cat[x, skip], cheap to
+    compute and as large as those, are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False, selective: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.selective = selective
+
+    def _join(self, x: Tensor, skip: Tensor) -> Tensor:
+        assert self.skip_linear is not None, "a block behind a skip connection"
+        return self.skip_linear(torch.cat([x, skip], dim=-1))
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        return self.attn.qkv(self.norm1(x))
+
+    def _fc1(self, x: Tensor) -> Tensor:
+        return self.mlp.fc1(self.norm2(x))
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x, skip: (B, L, D). Returns (B, L, D)."""
+        # A compiler decides for itself what is cheap to compute again: it keeps products too (docs/performance.md).
+        again = self.selective and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        run = _recomputed if again else _kept
         if self.skip_linear is not None:
             assert skip is not None
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+            x = run(self._join, x, skip)
+        x = x + self.attn(run(self._qkv, x))
+        return x + run(self.mlp, run(self._fc1, x))
 
 
 class UViT(nn.Module):
@@ -110,7 +152,7 @@ class UViT(nn.Module):
         qkv_bias: bool = False,
         mlp_time_embed: bool = False,
         num_classes: int = -1,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | Literal["selective"] = False,
         conv: bool = True,
         skip: bool = True,
         clip_dim: int | None = None,
@@ -130,7 +172,7 @@ class UViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + (img_size // patch_size) ** 2, embed_dim))
 
         def block(with_skip: bool = False) -> Block:
-            return Block(embed_dim, num_heads, mlp_ratio, qkv_bias, with_skip)
+            return Block(embed_dim, num_heads, mlp_ratio, qkv_bias, with_skip, use_checkpoint == "selective")
 
         self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
         self.mid_block = block()
@@ -168,11 +210,17 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Have each block compiled at its first call, in its place: modules, hooks and state-dict keys stay.
+
+        options: of ``torch.compile``.
+        """
+        for block in (*self.in_blocks, self.mid_block, *self.out_blocks):
+            block.compile(**options)
+
     def _run(self, block: nn.Module, *args: Tensor) -> Tensor:
-        if self.use_checkpoint and self.training and torch.is_grad_enabled():
-            # Under ZeRO-3 a weight is empty between its uses, which the metadata check would take for a change.
-            return checkpoint(block, *args, use_reentrant=False, determinism_check="none")
-        return block(*args)
+        whole = self.use_checkpoint is True and self.training and torch.is_grad_enabled()
+        return _recomputed(block, *args) if whole else block(*args)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Predict the noise in x.
