@@ -188,6 +188,14 @@ def projections(config: Config, compute: Compute, given: dict[str, Input]) -> li
     return rows
 
 
+def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a table: without what lies between two others, and adapters within one node, which do nothing."""
+    least, *_, most = PRECISIONS
+    ends = least, most
+    mine = [row for row in rows if row["reduction"] in ends and (row["gpus"] > GPUS_PER_NODE or row["adapters"] == 1)]
+    return sorted(mine, key=lambda row: (row["scaling"], row["gpus"], row["adapters"], ends.index(row["reduction"])))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, for the docs."""
     columns = ("scaling", "GPUs", "images on each", "what is sent", "GB sent", "adapters of a node", "compute, ms",
@@ -198,8 +206,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"{row['adapters'] if row['gpus'] > GPUS_PER_NODE else 'NVLink'} | {row['compute_ms']:.1f} | "
         f"{row['hidden_ms']:.1f} + {row['exposed_ms']:.1f} | {row['step_ms']:.1f} | {row['images_per_s']:,.0f} | "
         f"{row['efficiency']:.0%} |"
-        for row in rows
-        if row["gpus"] > GPUS_PER_NODE or row["adapters"] == ADAPTERS[0]  # within a node adapters do nothing
+        for row in shown(rows)
     ]
     return "\n".join([head, *lines])
 
@@ -211,7 +218,7 @@ def plot(rows: Sequence[dict[str, Any]], whence: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 5.2), constrained_layout=True)
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 5.8), constrained_layout=True)
     colours = dict(zip(PRECISIONS, ("#b3412e", "#d9a02b", "#2b6ca3"), strict=True))
     styles = {1: "--", 8: "-"}
     for panel, scaling in zip(panels, ("strong", "weak"), strict=False):
@@ -228,22 +235,21 @@ def plot(rows: Sequence[dict[str, Any]], whence: str, path: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s")
         panel.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
         panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.set_title(f"strong scaling: global batch {GLOBAL_BATCH:,}" if scaling == "strong"
                         else f"weak scaling: {WEAK_BATCH} images on each GPU")  # fmt: skip
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8, loc="upper left")
-    bars = [row for row in rows if row["scaling"] == "strong" and (row["gpus"] > GPUS_PER_NODE or row["adapters"] == 1)]
-    bars = [row for row in bars if row["reduction"] != "bf16 sums, fp32 weights"]
-    where = ["NVLink" if row["gpus"] <= GPUS_PER_NODE else f"{row['adapters']} a node" for row in bars]
-    names = [
-        f"{row['gpus']} GPUs, {link}, {row['reduction'].split()[0]}" for row, link in zip(bars, where, strict=True)
-    ]
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=4)
+    bars = [row for row in shown(rows) if row["scaling"] == "strong"]
+    links = {row["adapters"]: f"{row['adapters']} adapter{'s' if row['adapters'] > 1 else ''}" for row in bars}
+    names = [f"{row['gpus']} GPUs, {links[row['adapters']] if row['gpus'] > GPUS_PER_NODE else 'NVLink'}, "
+             f"{row['reduction'].split()[0]}" for row in bars]  # fmt: skip
     places = range(len(bars))
     compute, exposed = [row["compute_ms"] for row in bars], [row["exposed_ms"] for row in bars]
     panels[2].barh(places, compute, color="#5b8c5a", label="compute")
     panels[2].barh(places, exposed, left=compute, color="#b3412e", label="communication, not hidden")
     for place, row in zip(places, bars, strict=True):
-        panels[2].text(row["step_ms"] * 1.02, place, f"{row['step_ms']:.0f} ms", va="center", fontsize=8)
+        panels[2].text(row["step_ms"] + 3, place, f"{row['step_ms']:.0f} ms", va="center", fontsize=8)
     panels[2].set_yticks(places, names, fontsize=8)
     panels[2].invert_yaxis()
     panels[2].set(xlabel="ms of a step", xlim=(0, 1.15 * max(row["step_ms"] for row in bars)))

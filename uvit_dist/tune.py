@@ -139,6 +139,7 @@ def trial_config(config: Config, candidate: Candidate, world_size: int) -> Confi
     tree["launch"] |= {"target": "local", "nodes": 1, "processes_per_node": 1}
     tree["train"] |= {"global_batch_size": passes * candidate.micro}
     tree["data"] |= {"lanes": 1}
+    del tree["profile"]  # that of a run
     return Config.model_validate_json(json.dumps(tree))
 
 

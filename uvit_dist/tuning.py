@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from uvit_dist import forecast
 from uvit_dist.config import Config
+from uvit_dist.config_rules import rules_between
 from uvit_dist.errors import ConfigError
 from uvit_dist.forecast import Checkpointing
 
@@ -75,13 +76,18 @@ def propose(config: Config, world_size: int, room: float) -> tuple[list[Candidat
     """
     own_batch = config.train.global_batch_size // world_size
     sizes = [size for size in range(own_batch, 0, -1) if own_batch % size == 0]
-    stages, left_out = _stages(config, world_size)
+    stages, left_out = _stages(world_size)
     fitting: list[Candidate] = []
     for size, checkpointing in itertools.product(sizes, forecast.KEPT):
-        needs = {stage: memory(config, Candidate(size, checkpointing, stage), world_size).total for stage in stages}
-        fits = [stage for stage in stages if needs[stage] <= room]
+        tried = [Candidate(size, checkpointing, stage) for stage in stages]
+        broken = {candidate: _broken_rule(config, candidate) for candidate in tried}
+        needs = {c.stage: memory(config, c, world_size).total for c in tried if broken[c] is None}
+        left_out += [(str(candidate), rule) for candidate, rule in broken.items() if rule is not None]
+        fits = [stage for stage, need in needs.items() if need <= room]
         if fits:
             fitting.append(Candidate(size, checkpointing, fits[0]))
+            continue
+        if not needs:
             continue
         told = ", ".join(f"{need / GB:.1f} GB at ZeRO-{stage}" for stage, need in needs.items())
         left_out.append((f"micro-batch {size}, {forecast.KEPT[checkpointing]}", f"{told}, of {room / GB:.1f}"))
@@ -100,13 +106,19 @@ def propose(config: Config, world_size: int, room: float) -> tuple[list[Candidat
     return first + rest, [line for line in left_out if not first or line[0] != str(own)]
 
 
-def _stages(config: Config, world_size: int) -> tuple[list[int], list[tuple[str, str]]]:
+def _stages(world_size: int) -> tuple[list[int], list[tuple[str, str]]]:
     """The stages worth trying, those that send and compute least first."""
     if world_size == 1:
-        only = 1 if config.train.precision == "bf16" else 0
-        return [only], [("other ZeRO stages", "one rank alone shards nothing")]
+        return [0, 1], [("ZeRO-2 and 3", "one rank alone shards nothing")]
     reason = "each rank would hold and update all of Adam's state; ZeRO-1 sends as many bytes"
     return [1, 2, 3], [("ZeRO-0", reason)]
+
+
+def _broken_rule(config: Config, candidate: Candidate) -> str | None:
+    """What the configuration's rules say against a candidate; none: nothing."""
+    changed = candidate.applied(config)
+    rules = rules_between({name: getattr(changed, name) for name in type(changed).model_fields})
+    return next((message for holds, message in rules if not holds), None)
 
 
 def _dominates(other: Candidate, candidate: Candidate, stages: list[int]) -> bool:
@@ -126,16 +138,18 @@ def _cost(config: Config, candidate: Candidate) -> float:
 
 
 def _what_would_fit(config: Config, world_size: int, stages: list[int], room: float) -> str:
-    least = min((Candidate(1, c, s) for c in forecast.KEPT for s in stages),
-                key=lambda c: memory(config, c, world_size).total)  # fmt: skip
+    tried = [Candidate(1, kind, stage) for kind in forecast.KEPT for stage in stages]
+    least = min(
+        (c for c in tried if _broken_rule(config, c) is None), key=lambda c: memory(config, c, world_size).total
+    )
     need = memory(config, least, world_size).total
     text = (
         f"nothing fits: {forecast.parameters(config.model):,} parameters on {world_size} rank(s) need "
         f"{need / GB:.1f} GB on each at least ({least}), and there are {room / GB:.1f} GB; take GPUs of that size"
     )
-    lanes = config.data.lanes
+    sharded, lanes = Candidate(1, least.checkpointing, max(1, least.stage)), config.data.lanes
     for more in (n for n in range(world_size + 1, lanes + 1) if lanes % n == 0):
-        if memory(config, Candidate(1, least.checkpointing, 3), more).total <= room:
+        if memory(config, sharded, more).total <= room:
             return f"{text}, or {more} ranks (launch.nodes, launch.processes_per_node)"
     return f"{text}, or a smaller network"
 

@@ -37,9 +37,7 @@ def memory_job(config):
     before = live_bytes()
     engine = Engine(UViT(**config.model.model_dump()), config, ranks)
     draw = torch.Generator().manual_seed(ranks.rank)
-    pieces = [
-        (torch.randn(MICRO, 4, 16, 16, generator=draw), torch.rand(MICRO, generator=draw)) for _ in range(PASSES)
-    ]
+    pieces = [(torch.randn(MICRO, 4, 16, 16, generator=draw), torch.rand(MICRO, generator=draw)) for _ in range(PASSES)]
     labels = torch.zeros(MICRO, dtype=torch.long)
 
     def step():
@@ -58,7 +56,9 @@ def memory_job(config):
      *((stage, "bf16") for stage in range(1, 4))],
 )  # fmt: skip
 def test_memory_is_as_forecast(stage, precision, kind):
-    config = config_of(f"zero.stage={stage}", f"train.precision={precision}", f"model.use_checkpoint={str(kind).lower()}")
+    config = config_of(
+        f"zero.stage={stage}", f"train.precision={precision}", f"model.use_checkpoint={str(kind).lower()}"
+    )
     held, peak = run_ranks(memory_job, RANKS, config)[0]
     said = forecast.gpu_memory(config.model, config.train, config.zero, RANKS, MICRO)
     assert said.weights + said.optimizer == pytest.approx(held, rel=0.03)

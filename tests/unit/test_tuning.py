@@ -55,6 +55,15 @@ def test_the_global_batch_stays_and_the_choice_can_be_pasted():
                           "train": {"micro_batch_size": candidate.micro}}  # fmt: skip
 
 
+def test_what_the_rules_of_the_configuration_forbid_is_not_tried():
+    config = load_config(H, ["speed.compile=true", "speed.cuda_graphs=true", "model.use_checkpoint=false"])
+    candidates, left_out = tuning.propose(config, 32, 80 * GB)
+    assert all(c.checkpointing is not True and c.stage in (1, 2) for c in candidates)
+    assert any("cuda_graphs" in why for _, why in left_out)
+    alone, _ = tuning.propose(load_config(DEMO, ["launch.processes_per_node=1", "train.precision=bf16"]), 1, 80 * GB)
+    assert {c.stage for c in alone} == {1}
+
+
 def test_nothing_fits_and_what_would():
     config = load_config(H)
     with pytest.raises(ConfigError, match=r"nothing fits: 500,942,656 parameters on 8 .*, or (16|32|64) ranks"):
