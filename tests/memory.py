@@ -20,10 +20,11 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most that the allocator had handed out during the work, beyond what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
+def peak_bytes(work: Callable[[Callable[[], None]], Any]) -> int:
+    """The most that the allocator had handed out beyond what it had before, until the work calls what it is given."""
+    found = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    found.start()
+    work(found.stop)
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert events
     now = most = 0

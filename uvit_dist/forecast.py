@@ -25,6 +25,8 @@ STATE_BYTES = 16
 """Of a parameter in a checkpoint: fp32 master weight, Adam's two moments, EMA."""
 ALLOWANCE_BYTES = 2.5e9
 """Assumed for the CUDA context, NCCL's buffers, workspaces and what the allocator cannot use."""
+ALL_REDUCE_ELEMENTS = 500_000_000
+"""Of gradients that DeepSpeed joins for one all-reduce at stage 0."""
 STALL_SHARE = 0.12
 """Share of a save for which training waits, where it is written beside the steps: the bound of benchmark C9."""
 KNOWN_SAMPLES = {
@@ -98,16 +100,27 @@ def activation_bytes(model: ModelConfig, precision: str) -> int:
     return round(units * tokens(model) * model.embed_dim)
 
 
+def flow_bytes(model: ModelConfig, precision: str) -> int:
+    """Of one image's gradients on their way back through a block: of its output, its GELU and its MLP's input."""
+    units = RESIDUAL_BYTES[precision] + COMPUTE_BYTES[precision] * (1 + model.mlp_ratio)
+    return round(units * tokens(model) * model.embed_dim)
+
+
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on one GPU at the peak of a step."""
+    """Bytes on one GPU at the peak of an update of several passes; one of a single pass takes no more.
+
+    sums: what it takes to sum gradients beyond themselves, when the activations are gone.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     copies: float
     buckets: float
+    sums: float
     activations: float
+    flow: float
     allowance: float = ALLOWANCE_BYTES
 
     @property
@@ -117,36 +130,53 @@ class GpuMemory:
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.state + self.copies + self.buckets + self.activations + self.allowance
+        """All of it: the backward pass, or the sums after it, whichever takes more."""
+        return self.state + self.buckets + max(self.copies + self.activations + self.flow, self.sums) + self.allowance
 
 
 def gpu_memory(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, micro: int) -> GpuMemory:
     """Memory of a rank. micro: its images in one forward pass.
 
     Sharded over the ranks from stage 1: fp32 masters, Adam's moments and the EMA; from 2: gradients; at 3: weights.
-    At stage 0 fp32 weights are their own masters.
+    At stages 0 and 3 fp32 weights are their own masters.
     """
     count, each = parameters(model), WEIGHT_BYTES[train.precision]
-    masters = 0 if zero.stage == 0 and each == 4 else 4
-    casts = 2.0 * count if train.precision == "bf16_autocast" else 0.0  # bf16 weights that the backward pass needs
-    if model.use_checkpoint:  # those of one block at a time
-        casts /= model.depth + 1
-    buckets = (2 if zero.overlap_comm else 1) * min(zero.bucket_size, count) * each if world_size > 1 else 0
+    masters = 0 if zero.stage in (0, 3) and each == 4 else 4
+    bucket = zero.bucket_size * each
+    share, beside = count * each / world_size, zero.stage >= 2 or (zero.stage == 1 and zero.overlap_comm)
+    # A bucket is filled, or with overlap_comm two; to be summed it is put in order of the ranks, and the sums arrive.
+    buckets = (zero.stage > 0) * (1 + zero.overlap_comm + 2 * beside) * bucket
+    sums = {0: min(count, ALL_REDUCE_ELEMENTS) * each, 1: share + 2 * bucket * (not beside), 2: share, 3: share}
     return GpuMemory(
         weights=count * each / (world_size if zero.stage == 3 else 1),
         gradients=count * each / (world_size if zero.stage >= 2 else 1),
         optimizer=count * (masters + 12) / (world_size if zero.stage >= 1 else 1),
-        copies=casts,
+        copies=_cast_bytes(model) if train.precision == "bf16_autocast" else 0.0,
         buckets=buckets,
+        sums=sums[zero.stage],
         activations=micro * activation_bytes(model, train.precision),
+        flow=micro * flow_bytes(model, train.precision),
     )
+
+
+def _cast_bytes(model: ModelConfig) -> float:
+    """Of the bf16 copies of weights that the backward pass needs, under autocast.
+
+    Recomputed blocks make them again, one block at a time; selectively recomputed ones but for attention's projection.
+    """
+    everything, blocks = 2.0 * parameters(model), model.depth + 1
+    if model.use_checkpoint == "selective":
+        return 2.0 * blocks * model.embed_dim**2 + everything / blocks / 2
+    return everything / blocks if model.use_checkpoint else everything
 
 
 def largest_micro_batch(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, room: float) -> int:
     """Images of a rank in one forward pass that fit into ``room`` bytes at most; 0: not one does."""
-    fixed = gpu_memory(model, train, zero, world_size, 0).total
-    return max(0, int((room - fixed) // activation_bytes(model, train.precision)))
+    one = gpu_memory(model, train, zero, world_size, 1)
+    if one.total > room:
+        return 0
+    left = room - one.state - one.buckets - one.copies - one.allowance
+    return int(left // (one.activations + one.flow))
 
 
 def what_fits(config: Config, world_size: int, room: float) -> dict[int, dict[Checkpointing, int]]:

@@ -21,45 +21,54 @@ def config_of(*options):
         [
             *(f"model.{item}" for item in network), "data.image_size=64", "data.lanes=2", "zero.bucket_size=1000000",
             f"train.global_batch_size={MICRO * PASSES * RANKS}", f"train.micro_batch_size={MICRO}",
-            "optimizer.warmup_steps=0", f"launch.processes_per_node={RANKS}", *options,
+            "optimizer.warmup_steps=0", "zero.overlap_comm=false", f"launch.processes_per_node={RANKS}", *options,
         ],
     )  # fmt: skip
 
 
-def memory_job(config):
-    """Bytes between steps, and at most during one, that the engine takes on this rank."""
+def memory_job(configs):
+    """Of each: bytes between steps, and at most until the update of one, that the engine takes on this rank.
+
+    Not in the update: on a CPU, AdamW has intermediate results, which its fused kernel on a GPU has none of.
+    """
     from uvit_dist import dist
     from uvit_dist.engine import Engine
     from uvit_dist.models.uvit import UViT
 
     ranks = dist.ranks_from_environment()
     dist.start(ranks, 60)
-    before = live_bytes()
-    engine = Engine(UViT(**config.model.model_dump()), config, ranks)
     draw = torch.Generator().manual_seed(ranks.rank)
-    pieces = [(torch.randn(MICRO, 4, 16, 16, generator=draw), torch.rand(MICRO, generator=draw)) for _ in range(PASSES)]
     labels = torch.zeros(MICRO, dtype=torch.long)
+    pieces = [(torch.randn(MICRO, 4, 16, 16, generator=draw), torch.rand(MICRO, generator=draw)) for _ in range(PASSES)]
+    found = []
+    for config in configs:
+        before = live_bytes()
+        engine = Engine(UViT(**config.model.model_dump()), config, ranks)
 
-    def step():
-        engine.train_step(pieces, lambda net, piece: net(*piece, y=labels).float().square().mean(), lambda *_: True)
+        def step(until=lambda: None, engine=engine):
+            def admit(loss, grad_norm):
+                until()
+                return True
 
-    step()  # the first makes what all later ones keep
-    step()
-    held = live_bytes() - before
-    return held, held + peak_bytes(step)
+            engine.train_step(pieces, lambda net, piece: net(*piece, y=labels).float().square().mean(), admit)
+
+        step()  # the first makes what all later ones keep
+        held = live_bytes() - before
+        found.append((held, held + peak_bytes(step)))
+        del engine, step
+    return found
 
 
-@pytest.mark.parametrize("kind", list(forecast.KEPT), ids=str)
 @pytest.mark.parametrize(
     ("stage", "precision"),
-    [*((stage, "fp32") for stage in range(4)), (0, "bf16_autocast"), (1, "bf16_autocast"), (3, "bf16_autocast"),
-     *((stage, "bf16") for stage in range(1, 4))],
+    [(0, "fp32"), (1, "fp32"), (3, "fp32"), *((stage, "bf16_autocast") for stage in (0, 1, 2, 3)), (1, "bf16"),
+     (2, "bf16")],
 )  # fmt: skip
-def test_memory_is_as_forecast(stage, precision, kind):
-    config = config_of(
-        f"zero.stage={stage}", f"train.precision={precision}", f"model.use_checkpoint={str(kind).lower()}"
-    )
-    held, peak = run_ranks(memory_job, RANKS, config)[0]
-    said = forecast.gpu_memory(config.model, config.train, config.zero, RANKS, MICRO)
-    assert said.weights + said.optimizer == pytest.approx(held, rel=0.03)
-    assert said.total - said.allowance == pytest.approx(peak, rel=0.05)
+def test_memory_is_as_forecast(stage, precision):
+    options = [f"zero.stage={stage}", f"train.precision={precision}"]
+    configs = [config_of(*options, f"model.use_checkpoint={str(kind).lower()}") for kind in forecast.KEPT]
+    for config, (held, peak) in zip(configs, run_ranks(memory_job, RANKS, configs)[0], strict=True):
+        said = forecast.gpu_memory(config.model, config.train, config.zero, RANKS, MICRO)
+        print(stage, precision, config.model.use_checkpoint, held / 1e6, peak / 1e6, said)
+        assert said.weights + said.optimizer == pytest.approx(held, rel=0.03)
+        assert said.total - said.allowance == pytest.approx(peak, rel=0.05)
