@@ -12,6 +12,7 @@
 # make soak  for hours: more seeds of the tests that kill at random
 # make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
 # make bench-gpu [OFFICIAL=DIR]  all that is measured on a GPU, in nine minutes
+# make bench-scaling  projections to 8, 64 and 512 GPUs from what is measured; draws docs/scaling.png
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
-  bench-slurm bench-eval
+  bench-slurm bench-eval bench-scaling
 
 env: $(VENV)/.installed
 
@@ -75,6 +76,9 @@ bench-step: env
 
 bench-gpu: env
 	$(RUN) -m benchmarks.gpu --out benchmarks/results/gpu.json $(if $(OFFICIAL),--official "$(OFFICIAL)")
+
+bench-scaling: env
+	$(RUN) -m benchmarks.scaling
 
 bench-slurm: env
 	$(RUN) -m benchmarks.slurm_faults

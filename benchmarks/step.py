@@ -199,8 +199,8 @@ def wire_bytes() -> int:
     return int(line.split()[9])
 
 
-def rank_of_c10(rank: int, world_size: int, port: int, out: str) -> None:
-    """One rank: losses, elements of the EMA that it holds, bytes of each step."""
+def rank_of_c10(rank: int, world_size: int, port: int, out: str, more: list[str]) -> None:
+    """One rank: losses, elements of the EMA that it holds, bytes of each step. more: of the configuration."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
@@ -208,7 +208,7 @@ def rank_of_c10(rank: int, world_size: int, port: int, out: str) -> None:
     dist.start(ranks, 300)
     config = configuration(
         f"train.global_batch_size={C10_BATCH}", f"train.micro_batch_size={C10_BATCH // world_size}",
-        f"launch.processes_per_node={world_size}", "zero.stage=1",
+        f"launch.processes_per_node={world_size}", "zero.stage=1", *more,
     )  # fmt: skip
     torch.manual_seed(1)
     engine, objective = Engine(UViT(**config.model.model_dump()), config, ranks), Objective(config)
@@ -232,7 +232,7 @@ def rank_of_c10(rank: int, world_size: int, port: int, out: str) -> None:
     dist.stop()
 
 
-def ranks_of_c10(out: str) -> None:
+def ranks_of_c10(out: str, more: list[str]) -> None:
     """One rank, then two, each a process of its own."""
     for world_size in (1, RANKS):
         with socket.socket() as probe:
@@ -240,7 +240,7 @@ def ranks_of_c10(out: str) -> None:
             port = probe.getsockname()[1]
         spawn = multiprocessing.get_context("spawn")
         processes = [
-            spawn.Process(target=rank_of_c10, args=(rank, world_size, port, out)) for rank in range(world_size)
+            spawn.Process(target=rank_of_c10, args=(rank, world_size, port, out, more)) for rank in range(world_size)
         ]
         for process in processes:
             process.start()
@@ -278,9 +278,10 @@ def main() -> int:
     parser.add_argument("--only", choices=sorted(LIMITS), help="one of the three")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--ranks-of-c10", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.ranks_of_c10:
-        ranks_of_c10(arguments.ranks_of_c10)
+        ranks_of_c10(arguments.ranks_of_c10, arguments.overrides)
         return 0
     records = []
     if arguments.only in (None, "C10"):

@@ -152,6 +152,11 @@ class ZeroConfig(Section):
     stage: Literal[0, 1, 2, 3] = Field(1, description="0 nothing; 1 optimizer; 2 and gradients; 3 and weights")
     bucket_size: int = Field(25_000_000, gt=0, description="elements in a bucket of gradients")
     overlap_comm: bool = Field(True, description="reduce gradients beside the backward pass (GPU only)")
+    reduce_dtype: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="dtype in which ranks sum gradients: bf16 halves the bytes of fp32 gradients and rounds each sum "
+        "to 8 bits; fp32 doubles those of bf16 gradients; none: that of the gradients",
+    )
 
 
 class CheckpointConfig(Section):

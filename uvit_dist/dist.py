@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -132,6 +133,25 @@ def sum_(tensor: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place."""
     torch_dist.all_reduce(tensor)
     return tensor
+
+
+def sum_pieces(pieces: Sequence[Tensor]) -> Tensor:
+    """Sum flat tensors over all ranks, each to one rank, which alone learns it: a reduce-scatter of uneven pieces.
+
+    pieces: one for each rank, in order, (n_r,), the same shapes on all ranks, overwritten. Returns this rank's sum,
+    (n_rank,). A rank sends (N - 1)/N of what an even cut gives it to send, as in theory, over gloo too, whose own
+    reduce-scatter sends twice that.
+    """
+    rank = torch_dist.get_rank()
+    if torch_dist.get_backend() != "gloo":
+        sums = [torch_dist.reduce(piece, to, async_op=True) for to, piece in enumerate(pieces) if piece.numel()]
+        for work in sums:
+            work.wait()
+        return pieces[rank]
+    sizes, own = [piece.numel() for piece in pieces], pieces[rank].numel()
+    arrived = pieces[rank].new_empty(len(pieces) * own)
+    torch_dist.all_to_all_single(arrived, torch.cat(list(pieces)), [own] * len(pieces), sizes)
+    return arrived.view(len(pieces), own).sum(0)
 
 
 def exchange(out: Tensor, to: int, into: Tensor, source: int) -> Tensor:

@@ -94,7 +94,7 @@ def _train(report: _Report, config: Config, profile: ClusterProfile, nodes: int,
 
 def _memory(report: _Report, config: Config, profile: ClusterProfile, world: int, micro: int) -> None:
     memory = forecast.gpu_memory(config.model, config.train, config.zero, world, micro)
-    kept = "recomputed" if config.model.use_checkpoint else "kept"
+    kept = forecast.KEPT[config.model.use_checkpoint]
     report.title(f"memory of a GPU, ZeRO-{config.zero.stage} over {world} rank(s), {config.train.precision}")
     for name, size in (
         ("weights", memory.weights),
@@ -116,13 +116,17 @@ def _memory(report: _Report, config: Config, profile: ClusterProfile, world: int
         report.warnings.append(
             f"a GPU lacks {-room:.1f} GB: lower train.micro_batch_size, set model.use_checkpoint true, raise zero.stage"
         )
+    report.title(f"what fits where: images in one forward pass at most, {profile.gpu_memory_gb:g} GB, {world} rank(s)")
+    for stage, row in forecast.what_fits(config, world, profile.gpu_memory_gb * GB).items():
+        text = ", ".join(f"{count:,} {forecast.KEPT[kind]}" for kind, count in row.items())
+        report.add(f"ZeRO-{stage}", text, "computed")
 
 
 def _rate(report: _Report, config: Config, profile: ClusterProfile, world: int) -> float:
     """Images in a second, over all ranks."""
     report.title("speed")
     flop = forecast.training_flop(config.model)
-    recomputed = ", recomputing activations" if config.model.use_checkpoint else ""
+    recomputed = ", blocks recomputed" if config.model.use_checkpoint is True else ""
     report.add("an image in training", f"{flop / GB:,.1f} GFLOP{recomputed}", "computed")
     measured = measured_rate(config.run_dir)
     if measured is not None:

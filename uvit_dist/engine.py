@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from uvit_dist import dist
+from uvit_dist import dist, gradient_sums
 from uvit_dist.acceleration import attention_kernel, compile_blocks
 from uvit_dist.config import Config
 from uvit_dist.config_rules import micro_batch_size
@@ -116,6 +116,8 @@ class Engine:
         self._ds, *_ = deepspeed.initialize(
             model=wrapped, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
         )
+        if config.zero.stage in (1, 2) and ranks.world_size > 1:
+            gradient_sums.send_to_owners(self._ds.optimizer, ranks)
         self._names = {p: name.removeprefix("net.") for name, p in self._ds.module.named_parameters()}
         self._base: torch.optim.Optimizer = getattr(self._ds.optimizer, "optimizer", self._ds.optimizer)
         self._masters = self._find_masters()
@@ -136,6 +138,7 @@ class Engine:
             "gradient_clipping": self.config.optimizer.clip_grad_norm or 0.0,
             # Whether gradients are finite is known before DeepSpeed is asked for an update: see _agree.
             "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
+            "communication_data_type": zero.reduce_dtype,
             "zero_optimization": {
                 "stage": zero.stage,
                 "overlap_comm": zero.overlap_comm and self.ranks.device.type == "cuda",

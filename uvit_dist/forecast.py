@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from uvit_dist.config import Config, ModelConfig, TrainConfig, ZeroConfig
 from uvit_dist.config_rules import micro_batch_size
 
+Checkpointing = bool | Literal["selective"]
+KEPT: dict[Checkpointing, str] = {False: "all kept", "selective": "products kept", True: "blocks recomputed"}
+"""What becomes of activations, by model.use_checkpoint; the more is recomputed the later."""
 RESIDUAL_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 """Of an element of the residual stream before the first skip connection: pos_embed makes it fp32 under autocast."""
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 2, "bf16": 2}
@@ -21,6 +25,8 @@ STATE_BYTES = 16
 """Of a parameter in a checkpoint: fp32 master weight, Adam's two moments, EMA."""
 ALLOWANCE_BYTES = 2.5e9
 """Assumed for the CUDA context, NCCL's buffers, workspaces and what the allocator cannot use."""
+ALL_REDUCE_ELEMENTS = 500_000_000
+"""Of gradients that DeepSpeed joins for one all-reduce at stage 0."""
 STALL_SHARE = 0.12
 """Share of a save for which training waits, where it is written beside the steps: the bound of benchmark C9."""
 KNOWN_SAMPLES = {
@@ -66,38 +72,55 @@ def forward_flop(model: ModelConfig) -> int:
 
 
 def training_flop(model: ModelConfig) -> int:
-    """Of a forward and a backward pass for one image; recomputed activations cost one more forward pass."""
-    return (4 if model.use_checkpoint else 3) * forward_flop(model)
+    """Of a forward and a backward pass for one image; blocks recomputed whole cost one more forward pass."""
+    return (4 if model.use_checkpoint is True else 3) * forward_flop(model)
 
 
 def activation_bytes(model: ModelConfig, precision: str) -> int:
     """What is kept of one image's forward pass until the backward pass, at its most.
 
     A block keeps the inputs of its two norms, four linear layers and GELU, and q, k, v and their result; behind a skip
-    connection, the joined input as well. Recomputed, the blocks keep their inputs, and one of them all else.
+    connection, the joined input as well. Selective checkpointing drops the results of norms, GELU and joining, and
+    keeps what they are made of. Recomputed whole, the blocks keep their inputs, and one of them all else.
     """
-    residual, compute = RESIDUAL_BYTES[precision], COMPUTE_BYTES[precision]
-    half, inner = model.depth // 2, compute * (6 + 2 * model.mlp_ratio)
+    residual, compute, ratio = RESIDUAL_BYTES[precision], COMPUTE_BYTES[precision], model.mlp_ratio
+    half, inner = model.depth // 2, compute * (6 + 2 * ratio)
     plain, ends = 2 * residual + inner, 2 * compute
     joined = 4 * compute + inner if model.skip else plain
     behind = compute if model.skip else residual  # the residual stream after the first skip connection
-    if model.use_checkpoint:
+    if model.use_checkpoint is True:
         units = residual * (half + 2) + behind * (half - 1) + ends + max(plain, joined)
+    elif model.use_checkpoint == "selective":
+        inner = compute * (4 + ratio)
+        plain = 2 * residual + inner
+        joined = 3 * compute + inner if model.skip else plain
+        units = (half + 1) * plain + half * joined + (residual - behind) + ends
     else:
         units = (half + 1) * plain + half * joined + ends
     return round(units * tokens(model) * model.embed_dim)
 
 
+def flow_bytes(model: ModelConfig, precision: str) -> int:
+    """Of one image's gradients on their way back through a block: of its output, its GELU and its MLP's input."""
+    units = RESIDUAL_BYTES[precision] + COMPUTE_BYTES[precision] * (1 + model.mlp_ratio)
+    return round(units * tokens(model) * model.embed_dim)
+
+
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on one GPU at the peak of a step."""
+    """Bytes on one GPU at the peak of an update of several passes; one of a single pass takes no more.
+
+    sums: what it takes to sum gradients beyond themselves, when the activations are gone.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     copies: float
     buckets: float
+    sums: float
     activations: float
+    flow: float
     allowance: float = ALLOWANCE_BYTES
 
     @property
@@ -107,30 +130,92 @@ class GpuMemory:
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.state + self.copies + self.buckets + self.activations + self.allowance
+        """All of it: the backward pass, or the sums after it, whichever takes more."""
+        return self.state + self.buckets + max(self.copies + self.activations + self.flow, self.sums) + self.allowance
 
 
 def gpu_memory(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, micro: int) -> GpuMemory:
     """Memory of a rank. micro: its images in one forward pass.
 
     Sharded over the ranks from stage 1: fp32 masters, Adam's moments and the EMA; from 2: gradients; at 3: weights.
-    At stage 0 fp32 weights are their own masters.
+    At stages 0 and 3 fp32 weights are their own masters.
     """
     count, each = parameters(model), WEIGHT_BYTES[train.precision]
-    masters = 0 if zero.stage == 0 and each == 4 else 4
-    casts = 2.0 * count if train.precision == "bf16_autocast" else 0.0  # bf16 weights that the backward pass needs
-    if model.use_checkpoint:  # those of one block at a time
-        casts /= model.depth + 1
-    buckets = (2 if zero.overlap_comm else 1) * min(zero.bucket_size, count) * each if world_size > 1 else 0
+    masters = 0 if zero.stage in (0, 3) and each == 4 else 4
+    bucket = zero.bucket_size * each
+    share, beside = count * each / world_size, zero.stage >= 2 or (zero.stage == 1 and zero.overlap_comm)
+    # A bucket is filled, or with overlap_comm two; to be summed it is put in order of the ranks, and the sums arrive.
+    buckets = (zero.stage > 0) * (1 + zero.overlap_comm + 2 * beside) * bucket
+    sums = {0: min(count, ALL_REDUCE_ELEMENTS) * each, 1: share + 2 * bucket * (not beside), 2: share, 3: share}
     return GpuMemory(
         weights=count * each / (world_size if zero.stage == 3 else 1),
         gradients=count * each / (world_size if zero.stage >= 2 else 1),
         optimizer=count * (masters + 12) / (world_size if zero.stage >= 1 else 1),
-        copies=casts,
+        copies=_cast_bytes(model) if train.precision == "bf16_autocast" else 0.0,
         buckets=buckets,
+        sums=sums[zero.stage],
         activations=micro * activation_bytes(model, train.precision),
+        flow=micro * flow_bytes(model, train.precision),
     )
+
+
+def _cast_bytes(model: ModelConfig) -> float:
+    """Of the bf16 copies of weights that the backward pass needs, under autocast.
+
+    Recomputed blocks make them again, one block at a time; selectively recomputed ones but for attention's projection.
+    """
+    everything, blocks = 2.0 * parameters(model), model.depth + 1
+    if model.use_checkpoint == "selective":
+        return 2.0 * blocks * model.embed_dim**2 + everything / blocks / 2
+    return everything / blocks if model.use_checkpoint else everything
+
+
+def largest_micro_batch(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, room: float) -> int:
+    """Images of a rank in one forward pass that fit into ``room`` bytes at most; 0: not one does."""
+    one = gpu_memory(model, train, zero, world_size, 1)
+    if one.total > room:
+        return 0
+    left = room - one.state - one.buckets - one.copies - one.allowance
+    return int(left // (one.activations + one.flow))
+
+
+def what_fits(config: Config, world_size: int, room: float) -> dict[int, dict[Checkpointing, int]]:
+    """The largest micro-batches that fit into ``room`` bytes of each rank, by ZeRO stage and model.use_checkpoint."""
+    table: dict[int, dict[Checkpointing, int]] = {}
+    for stage in range(1 if config.train.precision == "bf16" else 0, 4):
+        zero = config.zero.model_copy(update={"stage": stage})
+        table[stage] = {}
+        for kind in KEPT:
+            model = config.model.model_copy(update={"use_checkpoint": kind})
+            table[stage][kind] = largest_micro_batch(model, config.train, zero, world_size, room)
+    return table
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends for one update: sums of gradients, and gathered weights."""
+
+    gradients: float
+    weights: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.gradients + self.weights
+
+
+def traffic(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_size: int, passes: int = 1) -> Traffic:
+    """The least that ZeRO's collectives send, with rings. passes: micro-batches of a rank in an update.
+
+    A ring sends (N - 1)/N of a tensor to scatter its sums or to gather its parts, twice that for an all-reduce. Stages
+    2 and 3 scatter the gradients of every micro-batch; stage 3 gathers the weights for each pass forward and backward.
+    """
+    count, ring = parameters(model), (world_size - 1) / world_size
+    summed = {"fp32": 4, "bf16": 2, None: WEIGHT_BYTES[train.precision]}[zero.reduce_dtype]
+    weight = WEIGHT_BYTES[train.precision]
+    scatters = {0: 2, 1: 1, 2: passes, 3: passes}[zero.stage]
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * passes}[zero.stage]
+    return Traffic(scatters * ring * count * summed, gathers * ring * count * weight)
 
 
 def sample_bytes(config: Config) -> int:

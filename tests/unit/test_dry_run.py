@@ -60,7 +60,10 @@ def test_memory_is_held_against_the_profiles_gpu(tmp_path):
     assert "lower train.micro_batch_size" in text
     assert "fits in 80 GB" in dry_run(load_config(H), "train")
     plain = dry_run(load_config(H, ["model.use_checkpoint=false", "train.micro_batch_size=32"]), "train")
-    assert "activations, kept" in plain
+    assert "activations, all kept" in plain
+    first, second = (line(text, "ZeRO-1") for text in (plain, dry_run(load_config(H, ["launch.nodes=8"]), "train")))
+    assert "all kept" in first
+    assert first != second, "over more ranks more fits"
 
 
 def test_what_a_run_has_measured_replaces_what_is_assumed(tmp_path):

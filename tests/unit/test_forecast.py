@@ -75,6 +75,10 @@ def test_activations_are_what_autograd_keeps(precision, variant):
     model = ModelConfig(**{**SMALL, **variant})
     kept = kept_bytes(model, precision, 8)
     assert forecast.activation_bytes(model, precision) == pytest.approx(kept, rel=0.03)
+    selective = model.model_copy(update={"use_checkpoint": "selective"})
+    assert forecast.activation_bytes(selective, precision) == pytest.approx(
+        kept_bytes(selective, precision, 8), rel=0.03
+    )
     recomputed = model.model_copy(update={"use_checkpoint": True})
     one_block = forecast.tokens(model) * model.embed_dim * 4 * (8 + 10 + 2 * model.mlp_ratio)
     said, kept = forecast.activation_bytes(recomputed, precision), kept_bytes(recomputed, precision, 8)
@@ -167,8 +171,23 @@ def test_memory_counts_what_zero_and_recomputing_change():
     zero = ZeroConfig(stage=1, bucket_size=1000, overlap_comm=False)
     memory = forecast.gpu_memory(model, train, zero, 8, 2)
     assert memory.buckets == 4000
+    beside = zero.model_copy(update={"overlap_comm": True})
+    assert forecast.gpu_memory(model, train, beside, 8, 2).buckets == 16_000, "two to fill, one in order, one of sums"
     assert memory.activations == 2 * forecast.activation_bytes(model, "bf16_autocast")
     assert memory.copies == 2 * forecast.parameters(model)
-    assert memory.total == pytest.approx(
-        memory.state + memory.copies + memory.buckets + memory.activations + forecast.ALLOWANCE_BYTES
-    )
+    backward = memory.copies + memory.activations + memory.flow
+    assert memory.total == pytest.approx(memory.state + memory.buckets + backward + forecast.ALLOWANCE_BYTES)
+    none = forecast.gpu_memory(model, train, zero.model_copy(update={"stage": 0}), 8, 0)
+    assert none.total == pytest.approx(none.state + 4 * forecast.parameters(model) + forecast.ALLOWANCE_BYTES)
+
+
+@pytest.mark.parametrize("kind", list(forecast.KEPT), ids=str)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_largest_micro_batch_fits_and_one_image_more_does_not(stage, kind):
+    config = load_config(ROOT / "configs" / "uvit_h_imagenet512.yaml", [f"zero.stage={stage}"])
+    model, room = config.model.model_copy(update={"use_checkpoint": kind}), 80e9
+    most = forecast.largest_micro_batch(model, config.train, config.zero, 32, room)
+    need = [forecast.gpu_memory(model, config.train, config.zero, 32, micro).total for micro in (most, most + 1)]
+    assert need[0] <= room < need[1]
+    assert forecast.what_fits(config, 32, room)[stage][kind] == most
+    assert forecast.largest_micro_batch(model, config.train, config.zero, 32, 2e9) == 0

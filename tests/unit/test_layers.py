@@ -23,6 +23,7 @@ LAYERS = {
         "config_cluster",
         "pins",
         "forecast",
+        "tuning",
         "utilisation",
         "profile_summary",
         "ema",
@@ -55,6 +56,7 @@ LAYERS = {
     ],
     3: [
         "engine",
+        "gradient_sums",
         "acceleration",
         "profiling",
         "checkpoint",
@@ -77,7 +79,7 @@ LAYERS = {
         "sampler",
         "pretrained",
     ],
-    4: ["train", "evaluate", "evaluation"],
+    4: ["train", "trial", "evaluate", "evaluation"],
     5: [
         "submit",
         "snapshot",
