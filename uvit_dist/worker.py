@@ -20,7 +20,8 @@ from pathlib import Path
 from uvit_dist import stopping, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
-from uvit_dist.errors import INTERRUPTED_EXIT_CODE, OutputError, UserError, explained_exit
+from uvit_dist.doctor import packages
+from uvit_dist.errors import INTERRUPTED_EXIT_CODE, ConfigError, OutputError, UserError, explained_exit
 from uvit_dist.metrics import log_file
 from uvit_dist.preemption import StopFlag
 
@@ -138,7 +139,13 @@ def _explain(error: Exception) -> tuple[int, str, bool]:
         return error.exit_code, str(error), True
     if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
         return OutputError.exit_code, f"{error}; make room or mend the permissions, and start again", True
-    return 1, f"{type(error).__name__}: {error}", False
+    told = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(Exception):  # it only explains
+        wrong = [finding for finding in packages.check() if finding.level == "problem"]
+        if wrong:
+            lines = "".join(f"\n  {one.subject} {one.told}: {one.remedy}" for one in wrong)
+            return ConfigError.exit_code, f"the installed packages are not those that are needed ({told}):{lines}", True
+    return 1, told, False
 
 
 def _tell(path: Path, rank: int, code: int, message: str, mistake: bool) -> None:

@@ -91,12 +91,13 @@ LAYERS = {
         "status",
         "tune",
         "doctor",
+        "page",
         "demo",
     ],
 }
 PURE = {"numpy", "torch", "scipy", "pydantic", "ruamel"}
 OWNERS = {
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "doctor.probes"},
     "webdataset": {"data.loader", "data.shards"},
     "fsspec": {"storage.files", "storage.remote"},
     "s3fs": {"storage.remote"},
@@ -107,7 +108,7 @@ OWNERS = {
     "open_clip": {"models.text", "models.clip"},
     "pytorch_fid": {"models.inception"},
     "wandb": {"metrics"},
-    "matplotlib": {"evaluation.sweep"},
+    "matplotlib": {"evaluation.sweep", "page.charts"},
 }
 
 

@@ -72,19 +72,17 @@ def _ring(ranks: int, limit_s: float) -> list[Finding]:
 def table(findings: Sequence[Finding]) -> Table:
     """The page: a row for each finding, remedies below what they mend."""
     page = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    page.add_column(no_wrap=True)
-    page.add_column(no_wrap=True)
+    for _ in range(3):
+        page.add_column(no_wrap=True)
     page.add_column(overflow="fold")
     section = None
     for finding in findings:
-        if finding.section != section:
-            section = finding.section
-            page.add_row("", Text(section, style="bold"), "")
+        head, section = (finding.section if finding.section != section else ""), finding.section
         sign, style = SIGNS[finding.level]
         told = Text(finding.told)
         if finding.remedy:
             told.append(f"\n→ {finding.remedy}", style="cyan")
-        page.add_row(Text(sign, style=style), f"  {finding.subject}", told)
+        page.add_row(Text(head, style="bold"), finding.subject, Text(sign, style=style), told)
     return page
 
 

@@ -41,7 +41,7 @@ def judge_commands(versions: Mapping[str, str], wanted: bool) -> list[Finding]:
     missing = [name for name in COMMANDS if name not in versions]
     if "sbatch" in missing or "srun" in missing:
         told = f"{', '.join(missing)}: not on this machine, or not answering"
-        remedy = "log in to the cluster's login node; or run here: add --local N to the launcher, or launch.target=local"
+        remedy = "log in to the cluster's login node; or run here: launch … --local N, or launch.target=local"
         return [problem(SECTION, "commands", told, remedy) if wanted else warning(SECTION, "commands", told, remedy)]
     told = f"{next(iter(versions.values()))}: {', '.join(versions)}"
     if missing:

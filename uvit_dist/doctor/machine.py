@@ -99,9 +99,7 @@ def judge_open_files(soft: int, hard: int) -> list[Finding]:
     return [ok(SECTION, "open files", told)]
 
 
-def judge_interfaces(
-    variables: Mapping[str, str], names: Sequence[str], origin: str, certain: bool
-) -> list[Finding]:
+def judge_interfaces(variables: Mapping[str, str], names: Sequence[str], origin: str, certain: bool) -> list[Finding]:
     """Whether an interface that NCCL or gloo is told to use is here. certain: the jobs run on this machine.
 
     names: of this machine's interfaces. NCCL takes a list of prefixes; behind ^ those not to use, behind = whole names.

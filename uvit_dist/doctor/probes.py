@@ -22,7 +22,7 @@ from typing import Any
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import parse_config, parse_yaml
 from uvit_dist.doctor import inputs, packages
-from uvit_dist.doctor.finding import Finding, ok, of_error, problem, warning
+from uvit_dist.doctor.finding import Finding, of_error, ok, problem, warning
 from uvit_dist.errors import UnavailableError, UserError
 
 GPUS = "GPUs"
@@ -61,12 +61,18 @@ def devices(say: Say) -> None:
         free, _ = torch.cuda.mem_get_info(number)
         say(judge_gpu(number, facts.name, (facts.major, facts.minor), facts.total_memory, free))
     if count:
-        say(ok(GPUS, "driver", f"{driver_version() or 'version unknown'}; torch was built for CUDA {torch.version.cuda}"))
+        say(
+            ok(
+                GPUS,
+                "driver",
+                f"{driver_version() or 'of unknown version'}; torch is for CUDA {torch.version.cuda}",
+            )
+        )
         say({"begins": "NCCL"})
         say(ok(GPUS, "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))  # type: ignore[no-untyped-call]
     say({"begins": "DeepSpeed"})
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if count else "cpu")
-    from deepspeed.ops.op_builder import ALL_OPS
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     usable = [name for name, builder in ALL_OPS.items() if builder().is_compatible(verbose=False)]
     told = f"none is wanted: AdamW is torch's own; {len(usable)} of {len(ALL_OPS)} could be built here"
@@ -100,7 +106,7 @@ def judge_no_gpus(names: list[str], for_cuda: bool) -> list[Finding]:
     if not for_cuda:
         return []  # told with torch's version
     told = f"the driver has {len(names)} ({names[0]}), torch sees none"
-    return [problem(GPUS, "GPUs", told, "unset CUDA_VISIBLE_DEVICES; see nvidia-smi: the driver may be too old for torch")]
+    return [problem(GPUS, "GPUs", told, "unset CUDA_VISIBLE_DEVICES; nvidia-smi tells if the driver is old")]
 
 
 def judge_gpu(number: int, name: str, capability: tuple[int, int], total: int, free: int) -> Finding:
@@ -130,7 +136,7 @@ def judge_ring(report: dict[str, Any], world_size: int) -> Finding:
     """report: as ``rank_check.examine`` gives it."""
     if report["failing"]:
         told = "; ".join(report["failing"].values())
-        return problem(GPUS, "all-reduce", told, "leave this machine out, and have it looked after", UnavailableError.exit_code)
+        return problem(GPUS, "all-reduce", told, "leave this machine out", UnavailableError.exit_code)
     speed = f", {report['all_reduce_gbytes_per_s']:.1f} GB/s" if world_size > 1 else ""
     return ok(GPUS, "all-reduce", f"right on {world_size} rank(s){speed}")
 

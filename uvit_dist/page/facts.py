@@ -119,7 +119,9 @@ def _span(run: Run, one: Record) -> Span:
 def curve(lines: Sequence[Record], key: str, x: str = "step", scale: float = 1.0) -> Curve | None:
     """One key of the records over another, at most POINTS points; none where no record has it."""
     pairs = [(line[x], line[key]) for line in lines if _is_number(line.get(key)) and _is_number(line.get(x))]
-    return reduced(*(np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True)), scale) if pairs else None
+    return (
+        reduced(*(np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True)), scale) if pairs else None
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -155,7 +157,9 @@ def distances(run_dir: str | Path) -> dict[str, dict[int, float]]:
         name = next((name for name in score_log.DISTANCES if record.get(name) is not None), None)
         if name is not None and record.get("of_run") and _is_number(record.get("step")):
             guidance = f", guidance {record['cfg_scale']:g}" if record.get("cfg_scale") else ""
-            label = f"{name}, {record.get('weights')}, {record.get('samples'):,} images{guidance}, {record.get('solver')} "
+            label = (
+                f"{name}, {record.get('weights')}, {record.get('samples'):,} images{guidance}, {record.get('solver')} "
+            )
             label += f"{record.get('solver_steps')}"
             out.setdefault(label, {})[int(record["step"])] = float(record[name])
     return out
