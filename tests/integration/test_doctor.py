@@ -1,4 +1,4 @@
-"""The doctor as a user runs it: on a sound configuration, on one where everything is wrong, and against an S3 server."""
+"""The doctor as a user runs it: where all is well, where everything is wrong, and against an S3 server."""
 
 import json
 import os

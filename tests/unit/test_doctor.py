@@ -1,4 +1,4 @@
-"""The doctor's judgements, from facts that are given; the commands themselves are in tests/integration/test_doctor.py."""
+"""The doctor's judgements, from facts that are given. As a user runs it: tests/integration/test_doctor.py."""
 
 import os
 import socket

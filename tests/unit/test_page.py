@@ -86,7 +86,7 @@ def test_steps_that_a_restart_went_back_behind_are_in_the_time_axis_alone(tmp_pa
     write_metrics(tmp_path, before + after)
     run = read_run(tmp_path)
     assert [line["loss"] for line in run.lines] == [9.0] * 5 + [1.0] * 7
-    assert len(run.all_lines) == 17
+    assert [len(piece) for piece in run.pieces()] == [10, 7]
 
 
 def test_attempts_and_faults_stand_at_their_times(tmp_path):
@@ -105,7 +105,7 @@ def test_attempts_and_faults_stand_at_their_times(tmp_path):
     run = read_run(tmp_path)
     first, second = run.attempts
     assert (first.begin, first.end, second.end) == pytest.approx((0.0, 1.0, None))
-    assert run.faults == [(pytest.approx(1.0), "node_lost")]
+    assert run.ends == [(pytest.approx(1.0), "node_lost")]
     assert [line["step"] for line in run.lines] == list(range(1, 9))
     text = write_page(tmp_path).read_text()
     assert "node_lost" in text

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from uvit_dist import attempts
 from uvit_dist.page.facts import Curve, Run, by_timestep, curve
 
 STYLE = {
@@ -29,7 +30,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
 }
-BLUE, ORANGE, RED, GREY = "#2b6cb0", "#d97706", "#c53030", "#cbd5e0"
+BLUE, ORANGE, RED, GREY, BAND = "#2b6cb0", "#d97706", "#c53030", "#616e7c", "#e8edf3"
 SIZE, WIDE = (6.2, 2.9), (12.8, 2.9)
 """Inches."""
 
@@ -88,10 +89,22 @@ def _draw(axes: Axes, found: Curve, label: str | None = None, colour: str = BLUE
     axes.plot(found.x, found.mean, color=colour, label=label, marker=marker, markersize=3, **more)  # type: ignore[arg-type]
 
 
+def _legend(axes: Axes, ncols: int = 1) -> None:
+    """Above the curves, beside which there may be no room."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3, fontsize=8, ncols=ncols, handlelength=1.4)
+
+
 def _steps(axes: Axes, label: str) -> None:
     axes.set(xlabel="step", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _drawing(found: Curve, label: str, log: bool) -> Callable[[Axes], None]:
@@ -99,7 +112,7 @@ def _drawing(found: Curve, label: str, log: bool) -> Callable[[Axes], None]:
         _draw(axes, found)
         _steps(axes, label)
         if log and (found.low > 0).all():
-            axes.set_yscale("log")
+            _logarithmic(axes)
         elif not log:
             axes.set_ylim(bottom=0)
 
@@ -110,38 +123,42 @@ def _loss(axes: Axes, loss: Curve, validation: Curve | None) -> None:
     _draw(axes, loss, "training")
     if validation is not None:
         _draw(axes, validation, "held out, EMA", ORANGE)
-        axes.legend()
+        _legend(axes, ncols=2)
     _steps(axes, "mean squared error")
     if (loss.low > 0).all():
-        axes.set_yscale("log")
+        _logarithmic(axes)
 
 
 def _parts(axes: Axes, parts: list[Curve]) -> None:
     colours = mpl.colormaps["viridis_r"]
     for number, found in enumerate(parts):
         shown = number in (0, len(parts) // 2, len(parts) - 1)
-        told = f"{number / len(parts):.1f}–{(number + 1) / len(parts):.1f}" if shown else None
+        told = f"t in {number / len(parts):.1f}–{(number + 1) / len(parts):.1f}" if shown else None
         axes.plot(found.x, found.mean, color=colours(0.05 + 0.9 * number / len(parts)), label=told, linewidth=1.1)
     _steps(axes, "mean squared error")
     if all((found.low > 0).all() for found in parts):
-        axes.set_yscale("log")
-    axes.legend(title="share of the noise time", ncols=3, loc="upper right", fontsize=8, title_fontsize=8)
+        _logarithmic(axes)
+    _legend(axes, ncols=len(parts))
 
 
 def _time(axes: Axes, run: Run) -> None:
-    rows = [{"hours": run.hours(line["time"]), "step": line["step"]} for line in run.all_lines]
-    steps, now = curve(rows, "step", x="hours"), run.hours(run.state["time"])
-    last = max([row["hours"] for row in rows] + [span.end or now for span in run.attempts], default=now)
+    now = run.hours(run.state["time"])
+    last = max([run.hours(line["time"]) for line in run.all_lines] + [span.end or now for span in run.attempts])
     unit, scale = ("hours", 1.0) if last >= 3 else ("minutes", 60.0)
-    for number, span in enumerate(run.attempts):
-        end = last if span.end is None else span.end
-        axes.axvspan(span.begin * scale, end * scale, color=GREY if number % 2 else "#e2e8f0", linewidth=0)
     top = axes.get_xaxis_transform()
-    for hours, cause in run.faults:
-        axes.axvline(hours * scale, color=RED, linewidth=1.2)
-        axes.text(hours * scale, 1.01, cause, color=RED, fontsize=8, ha="center", va="bottom", transform=top)
-    if steps is not None:
-        axes.plot(steps.x * scale, steps.mean, color=BLUE)
+    for span in run.attempts:
+        begin, end = span.begin * scale, (last if span.end is None else span.end) * scale
+        axes.axvspan(begin, end, color=BAND, linewidth=0)
+        axes.text(begin, 0.97, f" {span.told}", color=GREY, fontsize=8, va="top", transform=top, clip_on=True)
+    for hours, cause in run.ends:
+        colour = GREY if cause in attempts.INNOCENT else RED
+        axes.axvline(hours * scale, color=colour, linewidth=1.2)
+        axes.text(hours * scale, 1.01, cause, color=colour, fontsize=8, ha="center", va="bottom", transform=top)
+    for piece in run.pieces():
+        rows = [{"hours": run.hours(line["time"]) * scale, "step": line["step"]} for line in piece]
+        found = curve(rows, "step", "hours")
+        if found is not None:
+            axes.plot(found.x, found.mean, color=BLUE)
     axes.set(xlabel=f"{unit} since the start", ylabel="step")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
@@ -154,4 +171,5 @@ def _distances(axes: Axes, run: Run) -> None:
         axes.plot(steps, [points[step] for step in steps], marker="o", markersize=4, label=label, color=f"C{number}")
     _steps(axes, "distance")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    axes.set_xlim(left=0)
+    _legend(axes)

@@ -22,8 +22,6 @@ POINTS = 800
 """Points of a curve at most: what a screen can show."""
 GRIDS, GRID_PIXELS, GRID_BYTES = 8, 1200, 1_000_000
 """Pictures on the page at most; above so many bytes one is shown as a JPEG of so many pixels."""
-NO_FAULT = ("done", "stopped", "cancelled")
-"""Causes of an attempt's end that need no red line."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ class Run:
     """All that the page shows.
 
     state: of ``run_state``; lines: the records of training that count, oldest first; all_lines: also those that a
-    restart went back behind; began: Unix seconds of the time axis' zero; faults: (hours, cause).
+    restart went back behind; began: Unix seconds of the time axis' zero; ends: (hours, cause) of attempts, and of
+    faults outside of them, but for the end of the training itself.
     """
 
     state: dict[str, Any]
@@ -69,10 +68,22 @@ class Run:
     all_lines: list[dict[str, Any]]
     began: float
     attempts: list[Span]
-    faults: list[tuple[float, str]]
+    ends: list[tuple[float, str]]
     distances: dict[str, dict[int, float]]
     pictures: list[Picture]
     config: str | None
+
+    def pieces(self) -> list[list[dict[str, Any]]]:
+        """The records of training, those of each attempt by themselves, and anew where a restart went back."""
+        begins, found = [span.begin for span in self.attempts], list[list[dict[str, Any]]]()
+        for line in self.all_lines:
+            if found:
+                last, now = found[-1][-1], self.hours(line["time"])
+                went_back = line["step"] <= last["step"]
+            if not found or went_back or any(self.hours(last["time"]) < begin <= now for begin in begins):
+                found.append([])
+            found[-1].append(line)
+        return found
 
     def hours(self, seconds: float) -> float:
         """Unix seconds as hours on the time axis."""
@@ -91,14 +102,14 @@ def read_run(run_dir: str | Path) -> Run:
     began = min(signs, default=state["time"])
     config = config_of(directory)
     run = Run(state, counted(lines, attempts), lines, began, [], [], distances(run_dir), [], None)
-    ends = [one for one in [*attempts, *outside] if one.get("ended") is not None and one["cause"] not in NO_FAULT]
+    ends = [one for one in [*attempts, *outside] if one.get("ended") is not None and one["cause"] != "done"]
     return Run(
         state=state,
         lines=run.lines,
         all_lines=lines,
         began=began,
         attempts=[_span(run, one) for one in attempts],
-        faults=sorted((run.hours(one["ended"]), str(one["cause"])) for one in ends),
+        ends=sorted((run.hours(one["ended"]), str(one["cause"])) for one in ends),
         distances=run.distances,
         pictures=pictures(directory, score_log.records(run_dir)),
         config=None if config is None else dump_config(config),
@@ -119,9 +130,8 @@ def _span(run: Run, one: Record) -> Span:
 def curve(lines: Sequence[Record], key: str, x: str = "step", scale: float = 1.0) -> Curve | None:
     """One key of the records over another, at most POINTS points; none where no record has it."""
     pairs = [(line[x], line[key]) for line in lines if _is_number(line.get(key)) and _is_number(line.get(x))]
-    return (
-        reduced(*(np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True)), scale) if pairs else None
-    )
+    points = np.array(pairs, dtype=np.float64)
+    return reduced(points[:, 0], points[:, 1], scale) if pairs else None
 
 
 def _is_number(value: Any) -> bool:
@@ -157,10 +167,8 @@ def distances(run_dir: str | Path) -> dict[str, dict[int, float]]:
         name = next((name for name in score_log.DISTANCES if record.get(name) is not None), None)
         if name is not None and record.get("of_run") and _is_number(record.get("step")):
             guidance = f", guidance {record['cfg_scale']:g}" if record.get("cfg_scale") else ""
-            label = (
-                f"{name}, {record.get('weights')}, {record.get('samples'):,} images{guidance}, {record.get('solver')} "
-            )
-            label += f"{record.get('solver_steps')}"
+            images = f"{record.get('weights')}, {record.get('samples')} images{guidance}"
+            label = f"{name}, {images}, {record.get('solver')} {record.get('solver_steps')}"
             out.setdefault(label, {})[int(record["step"])] = float(record[name])
     return out
 
