@@ -1,7 +1,7 @@
 """Export the weights of a checkpoint as safetensors, with their configuration, origin and hashes; needs no DeepSpeed.
 
-python -m uvit_dist.export --run-dir runs/digits_demo --out ema.safetensors
-python -m uvit_dist.export --run-dir runs/digits_demo --kind master --step 500 --out s3://bucket/raw.safetensors
+    python -m uvit_dist.export --run-dir runs/digits_demo --out ema.safetensors
+    python -m uvit_dist.export --run-dir runs/digits_demo --kind master --step 500 --out s3://bucket/raw.safetensors
 
 The metadata of the file are described in uvit_dist/export_weights.py.
 """
@@ -16,7 +16,9 @@ from uvit_dist.export_weights import export_weights
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m uvit_dist.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", required=True, help="directory of the run")
     parser.add_argument("--out", required=True, help="file to write: a path or URL")
     parser.add_argument(

@@ -1,6 +1,9 @@
-"""One rank's entry: ``python -m uvit_dist.worker --config RESOLVED.yaml --job train``.
+"""One rank's entry: under the local launcher, a supervisor's ``srun``, torchrun on any number of machines, or alone.
 
-Under the local launcher, a supervisor's ``srun``, torchrun on any number of machines, or alone.
+    python -m uvit_dist.worker --config configs/digits_demo.yaml --job train
+    torchrun --nproc-per-node 2 -m uvit_dist.worker --config configs/digits_demo.yaml --job train
+
+The configuration is taken as it is: overrides are the launcher's, which writes what results to a file of its own.
 """
 
 from __future__ import annotations
@@ -167,9 +170,11 @@ def _tell(path: Path, rank: int, code: int, message: str, mistake: bool) -> None
 
 def main() -> None:
     """Run one rank of a job. A failure is told in the log file, on stderr and, for the launcher, in a record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m uvit_dist.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="the resolved configuration")
-    parser.add_argument("--job", required=True, choices=(*JOBS, "preflight"))
+    parser.add_argument("--job", required=True, choices=(*JOBS, "preflight"), help="what to do")
     parser.add_argument("--name", default="", help="name of the job in its run, for its logs (default: the run's own)")
     args = parser.parse_args()
     stop, on_stop = _stopping(args.job)
