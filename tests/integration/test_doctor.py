@@ -82,7 +82,7 @@ def test_all_is_wrong_and_all_is_told_at_once(tmp_path):
         ("machine", "ranks"): 78,
         ("data", "data.index"): 66,
         ("weights", "autoencoder.decoder"): 66,
-        ("weights", "evaluate.inception"): 66,
+        ("weights", "evaluate.inception"): 78,
         ("references", "evaluate.reference"): 66,
     }
     assert {key: one["code"] for key, one in found.items() if one["level"] == "problem"} == codes

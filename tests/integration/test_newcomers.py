@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.integration.jobs import train_job
 from tests.ranks import rank_environment, run_ranks
@@ -84,10 +85,10 @@ def test_no_s3_credentials(tmp_path):
 
 
 def test_another_autoencoder_than_that_of_the_shards(data_dir, tmp_path):
-    tensors = load_file(AUTOENCODER)
-    key = next(key for key in sorted(tensors) if key.startswith("encoder."))
     other = tmp_path / "other.safetensors"
-    save_file({**tensors, key: tensors[key] * 1.01}, other)
+    with safe_open(AUTOENCODER, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({**tensors, "encoder.conv_in.bias": tensors["encoder.conv_in.bias"] + 0.01}, other, metadata)
     message = launch(data_dir, tmp_path / "run", f"autoencoder.encoder={other}", code=65)
     assert "autoencoder.encoder (hash): the configuration says " in message
     assert "Correct the configuration, or make the shards again" in message

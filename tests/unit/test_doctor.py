@@ -133,6 +133,13 @@ def test_a_run_directory_is_tried_and_nothing_is_left(tmp_path):
     assert f"{tmp_path}/run/below: cannot be written (Not a directory)" in found.told
 
 
+def test_more_ranks_than_gpus(tmp_path):
+    (found,) = machine.judge_ranks(demo(tmp_path, "launch.processes_per_node=4"), 2)
+    assert (found.level, found.code) == ("problem", 78)
+    assert "--local 2" in found.remedy
+    assert machine.judge_ranks(demo(tmp_path), 0) == machine.judge_ranks(demo(tmp_path), 2) == []
+
+
 def test_a_port_in_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

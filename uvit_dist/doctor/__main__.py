@@ -56,6 +56,8 @@ def examine(config: Config | None, profile: ClusterProfile | None, limit_s: floa
     gpus = int(children[0].facts.get("gpus", 0))
     if gpus:
         found += _ring(gpus, limit_s)
+    if config is not None:
+        found += machine.judge_ranks(config, gpus)
     return sorted(found, key=lambda finding: ORDER.index(finding.section))
 
 

@@ -83,6 +83,15 @@ def judge_room(config: Config, free: float) -> list[Finding]:
     return [ok(SECTION, "run_dir", f"{told}, {most / GB:,.2f} GB for all that are kept at once")]
 
 
+def judge_ranks(config: Config, gpus: int) -> list[Finding]:
+    """Whether each rank of a job on this machine has a GPU of its own, where there are some."""
+    ranks = config.launch.processes_per_node
+    if config.launch.target != "local" or not gpus or ranks <= gpus:
+        return []
+    told = f"launch.processes_per_node {ranks}, but this machine has {gpus} GPU(s)"
+    return [problem(SECTION, "ranks", told, f"set launch.processes_per_node {gpus}, or launch with --local {gpus}")]
+
+
 def judge_shared_memory(free: float) -> list[Finding]:
     """free: bytes of /dev/shm."""
     told = f"{free / GB:,.2f} GB free"

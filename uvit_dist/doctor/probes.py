@@ -69,13 +69,23 @@ def devices(say: Say) -> None:
             )
         )
         say({"begins": "NCCL"})
-        say(ok(GPUS, "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))  # type: ignore[no-untyped-call]
+        say(ok(GPUS, "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
+    say({"begins": "ranks"})
+    from uvit_dist import dist
+
+    try:
+        ranks = dist.ranks_from_environment()
+        if "RANK" in os.environ:
+            say(ok("machine", "ranks", f"RANK {ranks.rank} of WORLD_SIZE {ranks.world_size}, all variables are set"))
+    except UserError as error:
+        say(of_error("machine", "ranks", error))
     say({"begins": "DeepSpeed"})
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if count else "cpu")
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
-    usable = [name for name, builder in ALL_OPS.items() if builder().is_compatible(verbose=False)]
-    told = f"none is wanted: AdamW is torch's own; {len(usable)} of {len(ALL_OPS)} could be built here"
+    builders = {name: builder for name, builder in ALL_OPS.items() if name != "deepspeed_not_implemented"}
+    usable = [name for name, builder in builders.items() if builder.is_compatible(verbose=False)]
+    told = f"none is wanted: AdamW is torch's own; {len(usable)} of {len(builders)} could be built here"
     say(ok(packages.SECTION, "DeepSpeed ops", f"{told}: {', '.join(sorted(usable)) or 'none'}"))
 
 
@@ -146,15 +156,8 @@ def checked_inputs(say: Say) -> None:
     config = parse_config(parse_yaml(sys.stdin.read(), "stdin"), "stdin")
     patient = config.storage.model_copy(update={"retry_s": min(config.storage.retry_s, RETRY_S)})
     config = config.model_copy(update={"storage": patient})
-    say({"begins": "environment"})
-    from uvit_dist import dist, storage
+    from uvit_dist import storage
 
-    try:
-        ranks = dist.ranks_from_environment()
-        if "RANK" in os.environ:
-            say(ok("machine", "ranks", f"RANK {ranks.rank} of WORLD_SIZE {ranks.world_size}, all variables are set"))
-    except UserError as error:
-        say(of_error("machine", "ranks", error))
     storage.configure(config.storage)
     for key, check in inputs.weights_and_references(config):
         say({"begins": key})

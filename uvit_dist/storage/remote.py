@@ -146,6 +146,7 @@ def _s3_store(bucket: str) -> S3Store:
     if not _settings.anonymous and session.get_credentials() is None:
         raise _no_credentials(bucket)
     amazon = endpoint.rstrip("/").endswith(".amazonaws.com")
+    server: dict[str, Any] = {} if amazon else {"endpoint": endpoint}
     return S3Store(
         bucket,
         region=region_name if region_name not in (None, "aws-global") else "us-east-1",
@@ -157,7 +158,7 @@ def _s3_store(bucket: str) -> S3Store:
             "timeout": timedelta(seconds=10 * _settings.stall_s),  # of one request, which then goes on at its byte
         },
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
-        **({} if amazon else {"endpoint": endpoint}),
+        **server,
         **({"skip_signature": True} if _settings.anonymous else {"credential_provider": credentials}),
     )
 
