@@ -134,3 +134,22 @@ def test_an_all_reduce_between_the_ranks_of_this_machine():
     first, second = run_ranks(ring_on_rank, 2)
     assert first[0].startswith("right on 2 rank(s), ")
     assert second == []
+
+
+@pytest.mark.slurm
+def test_a_real_cluster_and_a_partition_that_it_does_not_have(cluster, data_dir, tmp_path):
+    profile = tmp_path / "profile.yaml"
+    more = ("launch.target=slurm", "launch.processes_per_node=1", f"launch.cluster={profile}")
+    arguments = ["--config", DEMO, "--json", *overrides(data_dir, tmp_path / "run", *more)]
+    profile.write_text("partition: low\ngpus_per_node: 0\n")
+    done = doctor(*arguments, **cluster.environment)
+    found = findings(done)
+    assert done.returncode == 0, done.stdout
+    assert found["SLURM", "commands"]["told"].startswith("slurm")
+    assert found["SLURM", "partition"]["told"] == "low exists"
+    profile.write_text("partition: gpus\naccount: physics\ngpus_per_node: 0\n")
+    done = doctor(*arguments, **cluster.environment)
+    found = findings(done)
+    assert done.returncode == 78
+    assert "partition gpus: there is none; there are: " in found["SLURM", "partition"]["told"]
+    assert found["SLURM", "account"]["level"] == "warning", "there is no accounting to ask"
