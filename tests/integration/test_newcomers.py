@@ -137,6 +137,17 @@ def test_an_old_torch_is_told_where_a_job_fails_because_of_it(data_dir, tmp_path
     assert "torch 2.1.0; needed: >=2.11: pip install 'torch>=2.11'" in message
 
 
+def test_the_environment_is_not_active():
+    """An interpreter without this program's packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "uvit_dist.doctor"], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 78
+    assert done.stderr.startswith("error: the package rich is not installed for ")
+    assert ". .venv/bin/activate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_directory_that_cannot_be_written(data_dir, tmp_path):
     (tmp_path / "file").write_text("not a directory")
     message = launch(data_dir, tmp_path / "file" / "run", code=73)
