@@ -142,7 +142,7 @@ def _refuse(source: ShardIndex, damages: Sequence[Damage]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = tool_parser(__doc__)
+    parser = tool_parser("copy_shards", __doc__)
     parser.add_argument("source", metavar="SRC", help="path or URL of the index of the set")
     parser.add_argument("destination", metavar="DST", help="directory or URL to copy it to")
     parser.add_argument("--no-verify", action="store_true", help="do not read the copy at the end")

@@ -1,7 +1,7 @@
 """Statistics of real images in the feature space of the scores, and how far two halves of them are apart.
 
-python -m data_tools.fid_reference --config configs/digits_demo.yaml
-python -m uvit_dist.launch --config configs/uvit_h_imagenet256.yaml --job reference     (on many workers)
+    python -m data_tools.fid_reference --config configs/digits_demo.yaml
+    python -m uvit_dist.launch --config configs/uvit_h_imagenet256.yaml --job reference     (on many workers)
 
 The images are cut into units, which any number of workers share by leases, as precompute and evaluation do. A unit's
 moments are a function of its images: so the statistics have the same bits however the work is spread, or interrupted.
@@ -226,7 +226,11 @@ def write_reference(config: Config, bad: Collection[str] = (), scanned: bool = F
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.fid_reference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()

@@ -1,7 +1,7 @@
 """Index a webdataset that was made elsewhere, so that it can be trained on where it lies.
 
-    python -m data_tools.index_shards --config YOUR_CONFIG.yaml --shards /data/latents
-    python -m data_tools.index_shards --config YOUR_CONFIG.yaml --shards s3://b/set data.index=s3://b/set/index.json
+    python -m data_tools.index_shards --config configs/uvit_h_imagenet256.yaml --shards /data/latents
+    python -m data_tools.index_shards --config CFG.yaml --shards s3://b/set data.index=s3://b/set/index.json
 
 The directory holds *.tar. A sample is the members that share a key: one .npy of moments (mean and log-variance,
 stacked: 2C x H x W), or one .npz stored by np.savez with one array, or one called moments; and a .cls with the label.
@@ -219,7 +219,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: index_shards(config, args.shards, args.threads), _add_arguments)
+    command_line(
+        "index_shards", __doc__, lambda config, args: index_shards(config, args.shards, args.threads), _add_arguments
+    )
 
 
 if __name__ == "__main__":

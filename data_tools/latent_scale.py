@@ -1,6 +1,6 @@
 """Measure autoencoder.scale_factor: 1/std of the latents drawn from an index of moments.
 
-    python -m data_tools.latent_scale --index path/to/index.json
+    python -m data_tools.latent_scale --index data/imagenet256/index.json
 
 One latent is drawn for each sample; the std is that of all their elements about their mean ("High-Resolution Image
 Synthesis with Latent Diffusion Models", G). Published: 0.18215 for ImageNet-like data, 0.23010 for COCO.
@@ -59,7 +59,11 @@ def measure(index: ShardIndex, samples: int | None, seed: int) -> dict[str, Any]
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.latent_scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--index", required=True, help="path or URL of the index")
     parser.add_argument("--samples", type=int, help="number of samples, chosen at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and of the noise (default: 0)")

@@ -1,6 +1,6 @@
 """Crop images once: shards of pixels and their index, for systems that are trained on pixels.
 
-    python -m data_tools.pack_images --config YOUR_CONFIG.yaml
+    python -m data_tools.pack_images --config configs/uvit_s_cifar10.yaml data.source=/data/cifar-10-batches-bin
 
 Images are stored as they are, never mirrored: with data.mirror they are mirrored at random as they are read.
 Any number of workers share the work; the same command goes on after an interruption.
@@ -60,7 +60,7 @@ def make(config: Config) -> list[ShardRecord]:
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: make(config), from_images=True)
+    command_line("pack_images", __doc__, lambda config, args: make(config), from_images=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Turn the official code's feature folders into shards, without their pickles and their millions of files.
 
-    python -m data_tools.pack_latents --config YOUR_CONFIG.yaml --features assets/datasets/imagenet256_features
+    python -m data_tools.pack_latents --config configs/uvit_h_imagenet256.yaml --features imagenet256_features
 
 With data.mirror the folder holds mirror images: batches of --mirrored-batches originals, the last one smaller, each
 followed by its mirror images, as the official extraction of ImageNet writes them. The configuration says what encoder
@@ -187,7 +187,7 @@ def _make(config: Config, args: argparse.Namespace) -> list[ShardRecord]:
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, _make, _add_arguments)
+    command_line("pack_latents", __doc__, _make, _add_arguments)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def make(config: Config) -> list[ShardRecord]:
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: make(config), from_images=True)
+    command_line("precompute_latents", __doc__, lambda config, args: make(config), from_images=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Encode images and captions once: shards of moments and of the contexts of all captions, for text systems.
 
-    python -m data_tools.precompute_text --config YOUR_CONFIG.yaml
+    python -m data_tools.precompute_text --config configs/uvit_s_mscoco.yaml
 
 The context of the empty prompt lies beside the index. Shards that an earlier run finished are kept.
 """
@@ -136,7 +136,7 @@ def make(config: Config) -> list[ShardRecord]:
 
 def main() -> None:
     """The command line."""
-    command_line(__doc__, lambda config, args: make(config), from_images=True)
+    command_line("precompute_text", __doc__, lambda config, args: make(config), from_images=True)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def _gigabytes(text: str) -> int:
 
 def main() -> None:
     """The command line."""
-    parser = tool_parser(__doc__)
+    parser = tool_parser("reshuffle", __doc__)
     parser.add_argument("source", metavar="SRC", help="path or URL of the index of the set")
     parser.add_argument("destination", metavar="DST", help="path or URL of the new index, in a directory of its own")
     parser.add_argument("--samples-per-shard", type=positive, help="default: those of the largest shard of SRC")

@@ -172,6 +172,7 @@ def require_tool(config: Config, tool: str) -> None:
 
 
 def command_line(
+    tool: str,
     description: str | None,
     make: Callable[[Config, argparse.Namespace], list[ShardRecord]],
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
@@ -179,9 +180,13 @@ def command_line(
 ) -> None:
     """Parse --config and overrides, make the shards, say what they are. Ends with the exit code of a user's mistake.
 
-    from_images: whether --dry-run can tell what it will take.
+    tool: the module's name in this package; from_images: whether --dry-run can tell what it will take.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m data_tools.{tool}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     if from_images:

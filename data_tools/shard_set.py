@@ -30,9 +30,13 @@ FOREIGN = "webdataset"
 """First word of the source of a set that was made elsewhere and indexed here."""
 
 
-def tool_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of all tools for sets of shards."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def tool_parser(tool: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of all tools for sets of shards. tool: the module's name in this package."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m data_tools.{tool}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     storage_options(parser)
     add_threads(parser)
     return parser

@@ -1,7 +1,9 @@
-"""How far the jobs are that write shards into a directory, by what lies there: they need not be asked.
+"""How far the jobs are that write shards into a directory.
 
-python -m data_tools.status data/imagenet512
-python -m data_tools.status s3://bucket/imagenet512 --watch 30
+    python -m data_tools.status data/imagenet512
+    python -m data_tools.status s3://bucket/imagenet512 --watch 30
+
+By what lies there: the jobs need not be asked.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ def _time(seconds: float) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", help="folder or URL prefix of the index")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="tell again and again, until it is complete")
     storage_options(parser)

@@ -186,7 +186,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     Raises ``ConfigError`` for a number that makes no sense.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.train_digits_autoencoder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="safetensors file to write (%(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer updates (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images of an update (%(default)s)")

@@ -197,7 +197,7 @@ def repair(index: ShardIndex, damages: Sequence[Damage]) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    parser = tool_parser(__doc__)
+    parser = tool_parser("verify_shards", __doc__)
     parser.add_argument("index", help="path or URL of the index")
     parser.add_argument("--repair", action="store_true", help="have damaged shards made again: delete their records")
     args = parser.parse_args()

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m uvit_dist.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("direction", choices=["from-official", "to-official"])
+    parser.add_argument("direction", choices=["from-official", "to-official"], help="which way")
     parser.add_argument("source", type=Path, help="a .pth file or .ckpt directory; a run, checkpoint or export")
     parser.add_argument("--config", help="from-official: YAML file of the system that the source belongs to")
     parser.add_argument("--out", type=Path, help="a .safetensors file; to-official: a .pth file or .ckpt directory")

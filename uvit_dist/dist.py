@@ -91,17 +91,28 @@ def meet(ranks: Ranks, name: str, limit_s: float) -> tuple[Any, list[str | None]
             time.sleep(ROLL_CALL_S)  # the store ends with this process
             heard = store.add("heard", 0)
     except (torch_dist.DistError, RuntimeError) as error:
-        raise UnavailableError(
-            f"rank {ranks.rank} on {name} does not reach rank 0 at {address}:{port} within {limit_s:g} s "
-            f"({str(error).splitlines()[0]}); see that hosts reach each other's ports"
-        ) from None
+        raise _unreached(ranks, f" on {name}", limit_s, error) from None
     return store, hosts
+
+
+def _unreached(ranks: Ranks, where: str, limit_s: float, error: Exception) -> UnavailableError:
+    address, port, why = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(error).splitlines()[0]
+    if "EADDRINUSE" in why:
+        return UnavailableError(
+            f"rank {ranks.rank}{where} cannot listen on MASTER_PORT {port}: another process does; give torchrun "
+            "another --master-port, or start the job with uvit_dist.launch, which finds a free one"
+        )
+    return UnavailableError(
+        f"rank {ranks.rank}{where} does not reach rank 0 at {address}:{port} within {limit_s:g} s ({why}); "
+        "see that hosts reach each other's ports"
+    )
 
 
 def start(ranks: Ranks, timeout_s: float, store: Any = None) -> None:
     """Join the process group: NCCL with GPUs, gloo without. timeout_s: limit of each collective, seconds.
 
-    store: of ``meet``, where ranks have met. Raises ``ConfigError`` where there are GPUs, but none for this rank.
+    store: of ``meet``, where ranks have met. Raises ``ConfigError`` where there are GPUs, but none for this rank;
+    ``UnavailableError`` where rank 0 is not reached, or cannot listen.
     """
     gpus = torch.cuda.device_count()
     if gpus and ranks.local_rank >= gpus:
@@ -114,13 +125,18 @@ def start(ranks: Ranks, timeout_s: float, store: Any = None) -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # DeepSpeed looks for them
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    torch_dist.init_process_group(
-        "nccl" if ranks.device.type == "cuda" else "gloo",
-        store=store,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        torch_dist.init_process_group(
+            "nccl" if ranks.device.type == "cuda" else "gloo",
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (torch_dist.DistNetworkError, torch_dist.DistStoreError) as error:
+        if "MASTER_ADDR" not in os.environ:
+            raise
+        raise _unreached(ranks, "", timeout_s, error) from None
 
 
 def stop() -> None:

@@ -1,8 +1,8 @@
 """Export the weights of a checkpoint as safetensors, with their configuration, origin and hashes; needs no DeepSpeed.
 
-python -m uvit_dist.export --run-dir runs/digits_demo --out ema.safetensors
-python -m uvit_dist.export --run-dir runs/digits_demo --out uvit-s-digits
-python -m uvit_dist.export --run-dir runs/digits_demo --kind master --step 500 --out s3://bucket/raw.safetensors
+    python -m uvit_dist.export --run-dir runs/digits_demo --out ema.safetensors
+    python -m uvit_dist.export --run-dir runs/digits_demo --out uvit-s-digits
+    python -m uvit_dist.export --run-dir runs/digits_demo --kind master --step 500 --out s3://bucket/raw.safetensors
 
 --out with another end than .safetensors is a folder as on the Hugging Face Hub: model.safetensors, config.json and a
 model card with the scores on record. The metadata of the file are described in uvit_dist/export_weights.py.
@@ -18,7 +18,9 @@ from uvit_dist.export_weights import export_folder, export_weights
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m uvit_dist.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", required=True, help="directory of the run")
     parser.add_argument("--out", required=True, help="file (.safetensors) or folder to write: a path or URL")
     parser.add_argument(

@@ -1,7 +1,9 @@
-"""Watch a SLURM job of a run from anywhere: its logs, then its exit code. Ctrl-C leaves the job alone.
+"""Watch a SLURM job of a run from anywhere: its logs, then its exit code.
 
-python -m uvit_dist.follow runs/digits_demo
-python -m uvit_dist.follow runs/digits_demo evaluate-step-00000500
+    python -m uvit_dist.follow runs/digits_demo
+    python -m uvit_dist.follow runs/digits_demo evaluate-step-00000500
+
+Ctrl-C leaves the job alone.
 """
 
 from __future__ import annotations
@@ -111,7 +113,9 @@ def _state(events: Sequence[Any]) -> str | None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m uvit_dist.follow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", help="the run's directory")
     parser.add_argument("name", nargs="?", default="train", help="the job in it (default: train)")
     args = parser.parse_args()

@@ -82,11 +82,16 @@ def check_ranks(config: Config, ranks: Ranks) -> dict[str, Any]:
         return _conclude(config, ranks, report, f"{told} {fault}")
     dist.start(ranks, config.launch.timeout_s, store)
     watchdog.progress("checking")
-    nodes = Nodes(tuple(host for host in met if host is not None))
-    found = dist.gather({"faults": _faults(ranks, nodes), **_speeds(ranks, nodes)})
-    report = {"hosts": list(nodes.hosts), **judge(nodes, found)}
+    report = examine(ranks, [host for host in met if host is not None])
     failing = "; ".join(f"{name}: {fault}" for name, fault in report["failing"].items())
     return _conclude(config, ranks, report, failing)
+
+
+def examine(ranks: Ranks, hosts: Sequence[str]) -> dict[str, Any]:
+    """The report on ranks that have joined the process group. hosts: of every rank, in order. A collective call."""
+    nodes = Nodes(tuple(hosts))
+    found = dist.gather({"faults": _faults(ranks, nodes), **_speeds(ranks, nodes)})
+    return {"hosts": list(nodes.hosts), **judge(nodes, found)}
 
 
 def judge(nodes: Nodes, found: Sequence[dict[str, Any]]) -> dict[str, Any]:

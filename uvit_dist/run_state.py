@@ -38,13 +38,13 @@ def run_state(run_dir: str | Path, now: float | None = None) -> Json:
     """
     directory, now = Path(run_dir), time.time() if now is None else now
     jobs = [job_state(path.parent) for path in sorted(directory.glob(f"launch/*/{attempts.FILE}"))]
-    lines = [line for line in _json_lines(directory / METRICS) if "images_per_s" in line]  # not those of evaluations
+    lines = [line for line in json_lines(directory / METRICS) if "images_per_s" in line]  # not those of evaluations
     holder = _holder(directory / ".lock")
     if not jobs and not lines and holder is None and not (directory / "checkpoints").is_dir():
         raise MissingInputError(
             f"{run_dir}: no run is here: neither jobs, nor metrics, nor checkpoints; give its run_dir"
         )
-    config = _config(directory)
+    config = config_of(directory)
     training = next((job for job in jobs if job["name"] == "train"), None)
     state: Json = {"state": "not running", "cause": None} if training is None else training
     total = None if config is None else config.train.steps
@@ -68,7 +68,7 @@ def run_state(run_dir: str | Path, now: float | None = None) -> Json:
         "training": progress,
         "jobs": jobs,
         "preflight": preflight(directory / "launch" / "train"),
-        "evaluations": _json_lines(directory / "evaluation" / "scores.jsonl"),
+        "evaluations": json_lines(directory / "evaluation" / "scores.jsonl"),
         "shards": None if config is None or config.data.index is None else os.path.dirname(config.data.index),
     }
 
@@ -241,7 +241,7 @@ def preflight(directory: str | Path) -> Json | None:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path) -> list[Json]:
+def json_lines(path: Path) -> list[Json]:
     """The objects in a file of JSON lines; those cut by a kill are passed over."""
     found = []
     with contextlib.suppress(FileNotFoundError):
@@ -253,7 +253,7 @@ def _json_lines(path: Path) -> list[Json]:
     return found
 
 
-def _config(directory: Path) -> Config | None:
+def config_of(directory: Path) -> Config | None:
     """The configuration of the newest launch of the training, or of another job."""
     ours = [directory / "launch" / "train" / "config.yaml", directory / ".launch-train.yaml"]
     others = [*directory.glob("launch/*/config.yaml"), *directory.glob(".launch-*.yaml")]

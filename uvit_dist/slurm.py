@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import getpass
 import logging
 import os
 import re
@@ -167,6 +168,33 @@ def _expand_group(group: str) -> list[str]:
         first, dash, last = part.partition("-")
         numbers += [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)] if dash else [part]
     return [f"{head}{number}{end}" for number in numbers for end in _expand_group(tail)]
+
+
+def versions() -> dict[str, str]:
+    """Command → what it says of its version, of SLURM's commands that are on this machine and start."""
+    found = {}
+    for name in ("sbatch", "scontrol", "srun"):
+        with contextlib.suppress(_Failed):
+            found[name] = _call([name, "--version"]).strip()
+    return found
+
+
+def partitions() -> list[str]:
+    """The cluster's partitions. Raises ``UnavailableError`` where nobody says."""
+    try:
+        return sorted({line.strip() for line in _call(["sinfo", "--noheader", "--format=%R"]).splitlines()})
+    except _Failed as error:
+        raise UnavailableError(f"SLURM does not tell its partitions: {error.words}") from None
+
+
+def accounts() -> list[str]:
+    """The accounts that this user may use. Raises ``UnavailableError`` where nobody says: there is no accounting."""
+    user = getpass.getuser()
+    command = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account"]
+    try:
+        return sorted({line.strip() for line in _call(command).splitlines()})
+    except _Failed as error:
+        raise UnavailableError(f"SLURM does not tell the accounts of {user}: {error.words}") from None
 
 
 def require_scontrol() -> None:

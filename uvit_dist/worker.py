@@ -1,6 +1,9 @@
-"""One rank's entry: ``python -m uvit_dist.worker --config RESOLVED.yaml --job train``.
+"""One rank's entry: under the local launcher, a supervisor's ``srun``, torchrun on any number of machines, or alone.
 
-Under the local launcher, a supervisor's ``srun``, torchrun on any number of machines, or alone.
+    python -m uvit_dist.worker --config configs/digits_demo.yaml --job train
+    torchrun --nproc-per-node 2 -m uvit_dist.worker --config configs/digits_demo.yaml --job train
+
+The configuration is taken as it is: overrides are the launcher's, which writes what results to a file of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from pathlib import Path
 from uvit_dist import stopping, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
-from uvit_dist.errors import INTERRUPTED_EXIT_CODE, OutputError, UserError, explained_exit
+from uvit_dist.doctor import packages
+from uvit_dist.errors import INTERRUPTED_EXIT_CODE, ConfigError, OutputError, UserError, explained_exit
 from uvit_dist.metrics import log_file
 from uvit_dist.preemption import StopFlag
 
@@ -37,6 +41,8 @@ LAUNCHER_VARIABLE = "UVIT_DIST_LAUNCHER"
 
 SHARED_JOBS = ("evaluate", "precompute", "reference")
 """Jobs whose workers share the work by leases, on any number of machines: no process group, no lock of run_dir."""
+SIGNS_OF_MISFIT = (ImportError, AttributeError, TypeError)
+"""What a package of another version than asked for shows itself by."""
 FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 log = logging.getLogger("uvit_dist.worker")
@@ -138,7 +144,21 @@ def _explain(error: Exception) -> tuple[int, str, bool]:
         return error.exit_code, str(error), True
     if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
         return OutputError.exit_code, f"{error}; make room or mend the permissions, and start again", True
-    return 1, f"{type(error).__name__}: {error}", False
+    told = f"{type(error).__name__}: {error}"
+    wrong = _misfits() if isinstance(error, SIGNS_OF_MISFIT) or "torchvision::" in told else ""
+    if wrong:
+        return ConfigError.exit_code, f"the installed packages are not those that are needed ({told}):{wrong}", True
+    hint = "; python -m uvit_dist.doctor says more of the packages" if isinstance(error, ImportError) else ""
+    return 1, told + hint, False
+
+
+def _misfits() -> str:
+    """The packages outside their ranges, a line each with what mends it; empty where there are none."""
+    try:
+        wrong = [finding for finding in packages.check() if finding.level == "problem"]
+    except Exception:  # noqa: BLE001 - metadata that cannot be read must not hide the error that is explained
+        return ""
+    return "".join(f"\n  {one.subject} {one.told}: {one.remedy}" for one in wrong)
 
 
 def _tell(path: Path, rank: int, code: int, message: str, mistake: bool) -> None:
@@ -160,9 +180,11 @@ def _tell(path: Path, rank: int, code: int, message: str, mistake: bool) -> None
 
 def main() -> None:
     """Run one rank of a job. A failure is told in the log file, on stderr and, for the launcher, in a record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m uvit_dist.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="the resolved configuration")
-    parser.add_argument("--job", required=True, choices=(*JOBS, "preflight"))
+    parser.add_argument("--job", required=True, choices=(*JOBS, "preflight"), help="what to do")
     parser.add_argument("--name", default="", help="name of the job in its run, for its logs (default: the run's own)")
     args = parser.parse_args()
     stop, on_stop = _stopping(args.job)

@@ -102,12 +102,13 @@ LAYERS = {
         "status",
         "tune",
         "doctor",
+        "page",
         "demo",
     ],
 }
 PURE = {"numpy", "torch", "scipy", "pydantic", "ruamel"}
 OWNERS = {
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "doctor.probes"},
     "webdataset": {"data.loader", "data.shards"},
     "fsspec": {"storage.files", "storage.remote"},
     "s3fs": {"storage.remote"},
@@ -119,7 +120,7 @@ OWNERS = {
     "pytorch_fid": {"models.inception"},
     "wandb": {"metrics"},
     "huggingface_hub": {"model_card"},
-    "matplotlib": {"evaluation.sweep"},
+    "matplotlib": {"evaluation.sweep", "page.charts"},
 }
 
 

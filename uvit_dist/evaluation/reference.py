@@ -134,13 +134,18 @@ def read_reference(config: Config, extractor: str) -> Reference:
     return out
 
 
-@contextmanager
-def _opened(key: str, path: str) -> Iterator[io.BufferedReader | io.BytesIO]:
-    """A file, local or at a URL. Raises ``MissingInputError``, with where to get it."""
+def require_there(key: str, path: str) -> None:
+    """Raises ``MissingInputError``, with where to get it, where a file is neither there nor at its URL."""
     if not storage.exists(path):
         name = Path(path).name
         known = OFFICIAL_STATISTICS if name.startswith("fid_stats_") else ADM_BATCHES if "VIRTUAL" in name else ""
         raise MissingInputError(f"{key} {path}: no such file; {known}{MAKE}")
+
+
+@contextmanager
+def _opened(key: str, path: str) -> Iterator[io.BufferedReader | io.BytesIO]:
+    """A file, local or at a URL. Raises ``MissingInputError``, with where to get it."""
+    require_there(key, path)
     if storage.is_remote(path):
         yield io.BytesIO(storage.read_bytes(path))
         return

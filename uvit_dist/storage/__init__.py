@@ -7,6 +7,7 @@ from uvit_dist.storage.files import (
     fsync_directory,
     is_remote,
     join,
+    kept_weights,
     local_weights,
     locked,
     make_directory,
@@ -25,11 +26,12 @@ from uvit_dist.storage.files import (
     write_bytes,
 )
 from uvit_dist.storage.part_cache import cache, forget
-from uvit_dist.storage.remote import COUNTS, Counts, configure, persistently
+from uvit_dist.storage.remote import COUNTS, Counts, access, configure, persistently
 
 __all__ = [
     "COUNTS",
     "Counts",
+    "access",
     "atomic_write",
     "cache",
     "configure",
@@ -39,6 +41,7 @@ __all__ = [
     "fsync_directory",
     "is_remote",
     "join",
+    "kept_weights",
     "local_weights",
     "locked",
     "make_directory",

@@ -348,11 +348,16 @@ def local_weights(path: str, sha256: str | None, key: str, remedy: str) -> str:
     return path
 
 
+def kept_weights(url: str, sha256: str) -> str:
+    """Where the file of weights at a URL is kept, once it has been fetched."""
+    cache = os.environ.get("UVIT_DIST_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "uvit_dist")
+    return os.path.join(cache, sha256[:16].lower(), os.path.basename(urlsplit(url).path))
+
+
 def _fetched(url: str, sha256: str | None, key: str) -> str:
     if sha256 is None:
         raise DataError(f"{key} {url}: a URL needs the file's hash; set {key}_sha256")
-    cache = os.environ.get("UVIT_DIST_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "uvit_dist")
-    kept = os.path.join(cache, sha256[:16].lower(), os.path.basename(urlsplit(url).path))
+    kept = kept_weights(url, sha256)
     if not os.path.exists(kept):
         make_directory(os.path.dirname(kept))
         try:
@@ -372,10 +377,8 @@ def _fetched(url: str, sha256: str | None, key: str) -> str:
 
 
 def _check_sha256(path: str, origin: str, sha256: str, key: str) -> None:
-    digest = hashlib.sha256()
     with _explained(path), open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+        digest = hashlib.file_digest(file, "sha256")
     if digest.hexdigest() != sha256.lower():
         raise DataError(
             f"{key} {origin}: its sha256 is {digest.hexdigest()}, {key}_sha256 says {sha256}: "

@@ -128,11 +128,7 @@ def _s3_filesystem() -> Any:
 
 def _s3_store(bucket: str) -> S3Store:
     """obstore's client of a bucket, with the endpoint, region and credentials that botocore finds, as s3fs does."""
-    try:
-        session = botocore.session.Session(profile=_settings.profile)
-        found = session.create_client("s3", region_name=_settings.region, endpoint_url=_settings.endpoint).meta
-    except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"storage: {error}; correct storage.profile, storage.endpoint or the AWS variables") from None
+    session, endpoint, region_name = _session()
 
     def credentials() -> Any:
         given = session.get_credentials()
@@ -148,22 +144,52 @@ def _s3_store(bucket: str) -> S3Store:
         }
 
     if not _settings.anonymous and session.get_credentials() is None:
-        raise MissingInputError(f"s3://{bucket}: no AWS credentials; {GIVE_CREDENTIALS}")
-    amazon = found.endpoint_url.rstrip("/").endswith(".amazonaws.com")
+        raise _no_credentials(bucket)
+    amazon = endpoint.rstrip("/").endswith(".amazonaws.com")
+    server: dict[str, Any] = {} if amazon else {"endpoint": endpoint}
     return S3Store(
         bucket,
-        region=found.region_name if found.region_name not in (None, "aws-global") else "us-east-1",
+        region=region_name if region_name not in (None, "aws-global") else "us-east-1",
         virtual_hosted_style_request=amazon,
         client_options={
-            "allow_http": found.endpoint_url.startswith("http://"),
+            "allow_http": endpoint.startswith("http://"),
             "connect_timeout": timedelta(seconds=10),
             "read_timeout": timedelta(seconds=_settings.stall_s),
             "timeout": timedelta(seconds=10 * _settings.stall_s),  # of one request, which then goes on at its byte
         },
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
-        **({} if amazon else {"endpoint": found.endpoint_url}),
+        **server,
         **({"skip_signature": True} if _settings.anonymous else {"credential_provider": credentials}),
     )
+
+
+def access(path: str) -> tuple[str | None, str]:
+    """How an s3:// URL would be reached: what the credentials come from, as env or shared-credentials-file, and the
+    server's URL. No request is made, but to a cloud's own service of credentials.
+
+    Raises ``ConfigError``; ``MissingInputError`` where there are no credentials.
+    """
+    session, endpoint, _ = _session()
+    if _settings.anonymous:
+        return None, endpoint
+    given = session.get_credentials()
+    if given is None:
+        raise _no_credentials(path.removeprefix("s3://").partition("/")[0])
+    return given.method, endpoint
+
+
+def _session() -> tuple[Any, str, str]:
+    """botocore's session, with the server's URL and the region that it finds. Raises ``ConfigError``."""
+    try:
+        session = botocore.session.Session(profile=_settings.profile)
+        found = session.create_client("s3", region_name=_settings.region, endpoint_url=_settings.endpoint).meta
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"storage: {error}; correct storage.profile, storage.endpoint or the AWS variables") from None
+    return session, found.endpoint_url, found.region_name
+
+
+def _no_credentials(bucket: str) -> MissingInputError:
+    return MissingInputError(f"s3://{bucket}: no AWS credentials; {GIVE_CREDENTIALS}")
 
 
 class Progress:
