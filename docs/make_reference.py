@@ -28,19 +28,20 @@ HEAD = """# Configuration
 
 *Written by `docs/make_reference.py` from the classes that check the configuration; change those, not this file.*
 
-A run is one YAML file, as those in `configs/`. Every key can be given on the command line, as `section.key=value`, where the value is
-YAML (`null` is none). A file may name another as its `base`, and then holds only what differs. Unknown keys are errors, and
-all mistakes are told at once, with exit code 78, before anything starts. `RUN_DIR/config.yaml` is what a run was given, defaults included.
+A run is one YAML file, as those in `configs/`. Every key can be given on the command line, as `section.key=value`,
+where the value is YAML (`null` is none). A file may name another as its `base`, and then holds only what differs.
+Unknown keys are errors, and all mistakes are told at once, with exit code 78, before anything starts.
+`RUN_DIR/config.yaml` is what a run was given, defaults included.
 
-Keys without a default must be given: those of a section that is itself none by default only where the section is given. A
-section's keys are strict: `1` is a number, `"1"` is none.
+Keys without a default must be given: those of a section that is itself none by default only where the section is given.
+Values are strict: `1` is a number, `"1"` is none.
 """
 
 CLUSTER = """# Cluster profiles
 
 `launch.cluster` names a YAML file with these keys: a cluster's facts, which all runs on it share. An empty file is valid.
-Examples are `slurm/gpu.yaml`, `slurm/gpu_infiniband.yaml`, `slurm/gpu_pyxis.yaml`, `slurm/gpu_apptainer.yaml`; what becomes of them is in
-[slurm.md](slurm.md#cluster-profiles).
+Examples: `slurm/gpu.yaml`, `slurm/gpu_infiniband.yaml`, `slurm/gpu_pyxis.yaml` and `slurm/gpu_apptainer.yaml`.
+What becomes of them is in [slurm.md](slurm.md#cluster-profiles).
 """
 
 EXIT_CODES = """# Exit codes

@@ -16,8 +16,9 @@ from unittest import mock
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md", "benchmarks/README.md")
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md", "benchmarks/README.md")),
+    *(ROOT / name for name in OUTSIDE),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]

@@ -17,7 +17,8 @@ from tests.unit.test_layers import LAYERS, MODULES
 from uvit_dist import launch
 from uvit_dist.config import Config
 from uvit_dist.config_cluster import read_profile
-from uvit_dist.config_yaml import load_config, shipped
+from uvit_dist.config_yaml import load_config
+from uvit_dist.dry_run import dry_run
 from uvit_dist.errors import ConfigError
 from uvit_dist.evaluation import sweep
 from uvit_dist.models.autoencoder import Autoencoder
@@ -48,7 +49,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 @pytest.mark.slow
 def test_dead_links_anchors_and_pictures_fail_the_build(tmp_path):
-    dead = ["[a](nope.md)", "[b](#nowhere)", "[c](other.md#nowhere)", "![d](no.png)", "[e](../benchmarks/results/no.json)"]
+    dead = ["[a](no.md)", "[b](#nowhere)", "[c](other.md#nowhere)", "![d](no.png)", "[e](../benchmarks/no.json)"]
     site = tmp_path / "checkout"
     shutil.copytree(ROOT / "docs" / "site", site / "docs" / "site")
     for name in ("pyproject.toml", "docs/conf.py"):
@@ -117,7 +118,7 @@ def test_commands_parse_and_their_keys_exist(command, checkout, capsys):
 
 @pytest.mark.parametrize(
     "line",
-    ["--config configs/digits_demo.yaml --jobs train", "--config configs/digits_demo.yaml --job nothing", "--job train"],
+    ["--config configs/digits_demo.yaml --task train", "--config configs/digits_demo.yaml --job no", "--job train"],
 )
 def test_a_command_that_no_longer_runs_is_noticed(line):
     with pytest.raises(SystemExit):
@@ -197,7 +198,11 @@ def test_keys_that_documents_name_exist():
     missing = []
     for document, text in NAMED:
         found = re.fullmatch(r"([a-z]+)\.(\w+)(?:\s*[=:].*)?", text)
-        if not found or found[1] not in SECTIONS or text.endswith((".py", ".jsonl", ".json", ".yaml", ".c", ".safetensors")):
+        if (
+            not found
+            or found[1] not in SECTIONS
+            or text.endswith((".py", ".jsonl", ".json", ".yaml", ".c", ".safetensors"))
+        ):
             continue
         keys = Config.model_fields[found[1]].annotation.model_fields
         if found[2] not in keys and not (ROOT / "uvit_dist" / found[1] / f"{found[2]}.py").exists():
@@ -208,23 +213,32 @@ def test_keys_that_documents_name_exist():
 def test_the_design_names_every_module():
     text = (ROOT / "docs" / "design.md").read_text().split("## Layers")[1].split("Layer 0 needs")[0]
     named = set(re.findall(r"\w+", text))
-    there = [n for layer in LAYERS.values() for n in layer if (ROOT / "uvit_dist" / n.replace(".", "/")).exists()]
-    there += [n for n, _ in MODULES if any(n in layer for layer in LAYERS.values())]
+    members = {name for layer in LAYERS.values() for name in layer}
+    there = [name for name, _ in MODULES if name in members]
+    there += [name for name in members if (ROOT / "uvit_dist" / name.replace(".", "/")).is_dir()]
     assert {part for name in there for part in name.split(".")} - named == set()
 
 
 @pytest.mark.slow
 def test_the_dry_run_of_the_tutorial_says_what_the_tutorial_says():
-    """As a user runs it; each quoted line of its output."""
+    """As a user runs it, each quoted line of its output; and the figures of other dry runs."""
     tutorial = (ROOT / "docs" / "tutorial_imagenet.md").read_text()
     shown = [line.strip() for line in tutorial.splitlines() if re.search(r"^ {4}.*\[computed", line)]
     assert len(shown) >= 5
     done = subprocess.run(
-        [sys.executable, "-m", "uvit_dist.launch", "--config", str(shipped("uvit_h_imagenet512", "configs")), "--dry-run"],
+        [sys.executable, "-m", "uvit_dist.launch", "--config", "configs/uvit_h_imagenet512.yaml", "--dry-run"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     printed = {" ".join(line.split()) for line in done.stdout.splitlines()}
     assert [line for line in shown if " ".join(line.split()) not in printed] == []
+    for job, change, figure in (
+        ("train", "checkpoint.every=2500", "98.36%"),
+        ("train", "checkpoint.every=10000", "99.58%"),
+        ("evaluate", "evaluate.samples=50000", "1,332.3 PFLOP"),
+        ("evaluate", "evaluate.samples=50000", "0.94"),
+    ):
+        assert figure in tutorial
+        assert figure in dry_run(load_config("uvit_h_imagenet512", [change]), job, (), None)
 
 
 STABLE_DIFFUSION = {
@@ -249,7 +263,8 @@ def test_the_figures_of_precompute_in_the_tutorial(size):
         config = load_config(f"uvit_h_imagenet{size}", changes)
         return estimate(config, images, None, None, autoencoder, None, 3.0)
 
-    train, half, held_out = of(IMAGES), of(IMAGES, "precompute.precision=bf16"), of(VALIDATION_IMAGES, "data.mirror=false")
+    train, half = of(IMAGES), of(IMAGES, "precompute.precision=bf16")
+    held_out = of(VALIDATION_IMAGES, "data.mirror=false")
     on_s3 = of(IMAGES, "data.index=s3://b/index.json")
     pflop = train.image_flop * train.passes * IMAGES / 1e15
     figures = [
