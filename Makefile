@@ -9,6 +9,7 @@
 # make bench-slurm  seconds lost to each kind of fault, on the rehearsal cluster
 # make bench-eval OFFICIAL=DIR  distances, image path and guided sampling of an evaluation against the official code
 # make bench-checkpoint  how long training stands still for a checkpoint
+# make docs  the documentation site, in docs/_build/html
 # make soak  for hours: more seeds of the tests that kill at random
 # make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
 # make bench-gpu [OFFICIAL=DIR]  all that is measured on a GPU, in nine minutes
@@ -19,7 +20,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
+.PHONY: docs bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
   bench-slurm bench-eval bench-scaling
 
 env: $(VENV)/.installed
@@ -88,6 +89,11 @@ bench-shuffle: env
 
 demo: env
 	$(RUN) -m uvit_dist.demo
+
+# Dead links, anchors and pictures are warnings, and warnings are errors.
+docs: env
+	$(RUN) -m docs.make_reference
+	$(RUN) -m sphinx -q -W --keep-going -c docs -b html -d docs/_build/doctrees . docs/_build/html
 
 clean:
 	rm -rf runs/digits_demo

@@ -42,7 +42,7 @@ class UnavailableError(UserError):
 
 
 class OutputError(UserError):
-    """Something cannot be written."""
+    """Something cannot be written, or another job has the run."""
 
     exit_code = 73
 
