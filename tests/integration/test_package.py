@@ -87,7 +87,9 @@ def test_a_console_command_finds_configurations_and_profiles_from_anywhere(insta
     assert "Traceback" not in told.stderr
 
 
-@pytest.mark.parametrize("name", ["launch", "status", "follow", "sample", "export", "convert", "demo", "tune", "doctor", "page"])
+@pytest.mark.parametrize(
+    "name", ["launch", "status", "follow", "sample", "export", "convert", "demo", "tune", "doctor", "page"]
+)
 def test_every_console_command_has_a_help(installed, name):
     told = run(installed, f"uvit-{name}", "--help")
     assert told.returncode == 0, told.stderr
