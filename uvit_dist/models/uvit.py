@@ -21,7 +21,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from uvit_dist.errors import DataError, MissingInputError
 
-
 _ATEN = torch.ops.aten
 PRODUCTS = {
     _ATEN.mm.default,
