@@ -86,6 +86,13 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(skip):
     assert all_bytes - selective_bytes == (recomputed - joined) * tokens + statistics
 
 
+def test_under_autocast_checkpointing_changes_no_gradient_either():
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        plain, *others = (one_pass(use_checkpoint)[0] for use_checkpoint in (False, True, "selective"))
+    for gradients in others:
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients, strict=True))
+
+
 def test_selective_checkpointing_does_no_product_again():
     from torch.utils.flop_counter import FlopCounterMode
 

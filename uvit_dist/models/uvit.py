@@ -26,7 +26,6 @@ from uvit_dist.errors import DataError, MissingInputError, OutputError
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 """Files of a folder of weights, named as on the Hugging Face Hub."""
 
-
 _ATEN = torch.ops.aten
 PRODUCTS = {
     _ATEN.mm.default,
