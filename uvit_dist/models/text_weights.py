@@ -39,8 +39,8 @@ HUGGING_FACE_MODULES = {
 
 REMEDY = (
     "set text.encoder to the local path of the weights of CLIP ViT-L/14 (about 1.7 GB): model.safetensors of Hugging"
-    " Face's openai/clip-vit-large-patch14, or open_clip's ViT-L-14-quickgelu, pretrained openai (open_clip_model.safetensors"
-    " of Hugging Face's timm/vit_large_patch14_clip_224.openai)"
+    " Face's openai/clip-vit-large-patch14, or open_clip's ViT-L-14-quickgelu, pretrained openai"
+    " (open_clip_model.safetensors of Hugging Face's timm/vit_large_patch14_clip_224.openai)"
 )
 
 _BLOCK_KEY = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
