@@ -14,8 +14,9 @@ from uvit_dist.config_cluster import ClusterProfile
 from uvit_dist.config_yaml import load_config
 from uvit_dist.doctor import cluster, inputs, machine, packages, probes
 from uvit_dist.doctor.children import Child, limited
-from uvit_dist.doctor.finding import exit_code, ok, problem, warning
+from uvit_dist.doctor.finding import exit_code, of_error, ok, problem, warning
 from uvit_dist.doctor.packages import Wanted
+from uvit_dist.errors import MissingInputError
 from uvit_dist.forecast import STATE_BYTES, parameters
 
 ASK = Wanted(SpecifierSet(">=3.11"), (Requirement("torch>=2.11"), Requirement("open_clip_torch>=3.3")))
@@ -32,6 +33,21 @@ def test_what_must_be_mended_first_gives_the_exit_code():
     assert exit_code([late, ok("a", "b", "")]) == 69
     assert exit_code([late, first]) == exit_code([first, late]) == 78
     assert exit_code([problem("a", "b", "", "", 74), late]) == 69
+
+
+@pytest.mark.parametrize(
+    ("message", "told", "remedy"),
+    [
+        ("data.index a/b.json: no such file; make it", "a/b.json: no such file", "make it"),
+        ("s3://b: refused (status 403; see; x); correct it; or not", "s3://b: refused (status 403; see; x)",
+         "correct it; or not"),
+        ("two; mistakes\n  one\n  two", "two; mistakes\n  one\n  two", ""),
+        ("no remedy", "no remedy", ""),
+    ],
+)  # fmt: skip
+def test_a_mistake_told_elsewhere_is_parted_into_fault_and_remedy(message, told, remedy):
+    found = of_error("data", "data.index", MissingInputError(message))
+    assert (found.told, found.remedy, found.code) == (told, remedy, 66)
 
 
 # -- packages --------------------------------------------------------------------------------------------------------
@@ -246,8 +262,9 @@ def test_weights_are_hashed_and_missing_ones_are_named_with_their_source(tmp_pat
     assert (found.level, found.code) == ("problem", 65)
     found = inputs.check_weights("evaluate.inception", f"{tmp_path}/none.pth", None, "inception")
     assert found.code == 66
-    assert "about 91 MB" in found.told
-    assert "pytorch-fid" in found.told
+    assert found.told == f"{tmp_path}/none.pth: no such file or folder"
+    assert "about 91 MB" in found.remedy
+    assert "pytorch-fid" in found.remedy
     found = inputs.check_weights("evaluate.inception", "https://example.org/a.pth", "0" * 64, "inception")
     assert found.level == "warning"
     assert "not fetched yet" in found.told

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -123,4 +123,11 @@ def _findings(args: argparse.Namespace) -> list[Finding]:
             profile = read_profile(config.launch.cluster) if config.launch.target == "slurm" else None
     except ConfigError as error:
         mistakes.append(of_error("configuration", str(args.config), error))
-    return [*mistakes, *examine(config, profile, args.limit)]
+    found = [*mistakes, *examine(config, profile, args.limit)]
+    return found if config is None else [_for_this(finding, args.config) for finding in found]
+
+
+def _for_this(finding: Finding, config: str) -> Finding:
+    """With this configuration in the commands to type, which messages have for any."""
+    told, remedy = (text.replace("YOUR_CONFIG.yaml", config) for text in (finding.told, finding.remedy))
+    return replace(finding, told=told, remedy=remedy)

@@ -47,8 +47,20 @@ def problem(section: str, subject: str, told: str, remedy: str, code: int = ENVI
 
 
 def of_error(section: str, subject: str, error: UserError) -> Finding:
-    """A user's mistake as it is told elsewhere: the message holds the remedy."""
-    return Finding(section, subject, "problem", str(error), "", error.exit_code)
+    """A user's mistake as it is told elsewhere: "SUBJECT value: fault; remedy". Of several lines all are told."""
+    told = str(error).removeprefix(f"{subject} ")
+    told, remedy = (told, "") if "\n" in told else _parted(told)
+    return Finding(section, subject, "problem", told, remedy, error.exit_code)
+
+
+def _parted(message: str) -> tuple[str, str]:
+    """A message at its first semicolon outside of brackets."""
+    depth = 0
+    for place, letter in enumerate(message):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == ";" and depth == 0:
+            return message[:place], message[place + 1 :].strip()
+    return message, ""
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -39,8 +39,8 @@ from uvit_dist.scores.kinds import (
 
 log = logging.getLogger(__name__)
 OFFICIAL_STATISTICS = (
-    "the published FIDs are against the official files, in the folder fid_stats of the downloads that the README of "
-    "github.com/baofff/U-ViT links to; for a reference of your own, not comparable with those, "
+    "the published FIDs are against the official files (about 34 MB each), in the folder fid_stats of the downloads "
+    "that the README of github.com/baofff/U-ViT links to; for a reference of your own, not comparable with those, "
 )
 ADM_BATCHES = (
     "ADM's reference batches, VIRTUAL_imagenet256_labeled.npz (about 2 GB) and its like, are listed in evaluations/"

@@ -35,9 +35,9 @@ RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_s
 """Modules of the residual block: official name → diffusers name."""
 
 REMEDY = (
-    "set it to the local path of the official autoencoder_kl.pth or autoencoder_kl_ema.pth, which are in the folder"
-    " stable-diffusion of the downloads that the README of github.com/baofff/U-ViT links to, or of any diffusers"
-    " AutoencoderKL (a folder or .safetensors)"
+    "set it to the local path of the official autoencoder_kl.pth or autoencoder_kl_ema.pth (about 335 MB each), which"
+    " are in the folder stable-diffusion of the downloads that the README of github.com/baofff/U-ViT links to, or of"
+    " any diffusers AutoencoderKL (a folder or .safetensors)"
 )
 """What to do where there is no such file."""
 

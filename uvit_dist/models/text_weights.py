@@ -38,9 +38,9 @@ HUGGING_FACE_MODULES = {
 """Modules of a block, other than the projections to q, k and v: Hugging Face's name → open_clip's."""
 
 REMEDY = (
-    "set text.encoder to the local path of the weights of CLIP ViT-L/14: model.safetensors of Hugging Face's"
-    " openai/clip-vit-large-patch14, or open_clip's ViT-L-14-quickgelu, pretrained openai (open_clip_model.safetensors"
-    " of Hugging Face's timm/vit_large_patch14_clip_224.openai)"
+    "set text.encoder to the local path of the weights of CLIP ViT-L/14 (about 1.7 GB): model.safetensors of Hugging"
+    " Face's openai/clip-vit-large-patch14, or open_clip's ViT-L-14-quickgelu, pretrained openai"
+    " (open_clip_model.safetensors of Hugging Face's timm/vit_large_patch14_clip_224.openai)"
 )
 
 _BLOCK_KEY = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
