@@ -145,7 +145,7 @@ def sum_pieces(pieces: Sequence[Tensor]) -> Tensor:
     rank = torch_dist.get_rank()
     if torch_dist.get_backend() != "gloo":
         sums = [torch_dist.reduce(piece, to, async_op=True) for to, piece in enumerate(pieces) if piece.numel()]
-        for work in sums:
+        for work in filter(None, sums):
             work.wait()
         return pieces[rank]
     sizes, own = [piece.numel() for piece in pieces], pieces[rank].numel()

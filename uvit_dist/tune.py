@@ -172,7 +172,8 @@ def tune(config: Config, seconds: float, bus: float, memory_gb: float | None) ->
         yield f"{device}, {room / GB:.1f} GB [{whence}]; {world_size} rank(s) of {batch // world_size} images each"
         candidates, left_out = tuning.propose(config, world_size, room)
         yield "left out by the forecast"
-        yield from (f"  {what}: {why}" for what, why in left_out)
+        for why in dict.fromkeys(why for _, why in left_out):
+            yield f"  {'; '.join(what for what, reason in left_out if reason == why)}: {why}"
         yield f"measured on one rank, synthetic batches, {config.train.precision}"
         rows: list[Measured] = []
         untried: list[tuple[Candidate, str]] = []
