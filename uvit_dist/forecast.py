@@ -151,7 +151,7 @@ def gpu_memory(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_s
     share, beside = count * each / world_size, zero.stage >= 2 or (zero.stage == 1 and zero.overlap_comm)
     # A bucket is filled, or with overlap_comm two; to be summed it is put in order of the ranks, and the sums arrive.
     buckets = (zero.stage > 0) * (1 + zero.overlap_comm + 2 * beside) * bucket
-    sums = {0: min(count, ALL_REDUCE_ELEMENTS) * each, 1: share + 2 * bucket * (not beside), 2: share, 3: share}
+    sums = {0: min(count, ALL_REDUCE_ELEMENTS) * each, 1: share + 2 * bucket * (not beside), 2: 2 * share, 3: share}
     return GpuMemory(
         weights=count * each / (world_size if zero.stage == 3 else 1),
         gradients=count * each / (world_size if zero.stage >= 2 else 1),
