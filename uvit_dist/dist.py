@@ -151,23 +151,23 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sum_pieces(pieces: Sequence[Tensor]) -> Tensor:
-    """Sum flat tensors over all ranks, each to one rank, which alone learns it: a reduce-scatter of uneven pieces.
+def sum_pieces(flat: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Sum a flat tensor over all ranks, each piece to one rank alone: a reduce-scatter of uneven pieces.
 
-    pieces: one for each rank, in order, (n_r,), the same shapes on all ranks, overwritten. Returns this rank's sum,
-    (n_rank,). A rank sends (N - 1)/N of what an even cut gives it to send, as in theory, over gloo too, whose own
-    reduce-scatter sends twice that.
+    flat: (sum of sizes,), the pieces of rank 0, 1, … one after the other, overwritten; sizes: elements of each, the
+    same on all ranks. Returns this rank's sum, (sizes[rank],). A rank sends (N - 1)/N of what an even cut gives it to
+    send, as in theory, over gloo too, whose own reduce-scatter sends twice that.
     """
     rank = torch_dist.get_rank()
     if torch_dist.get_backend() != "gloo":
+        pieces = flat.split(list(sizes))
         sums = [torch_dist.reduce(piece, to, async_op=True) for to, piece in enumerate(pieces) if piece.numel()]
-        for work in sums:
+        for work in filter(None, sums):
             work.wait()
         return pieces[rank]
-    sizes, own = [piece.numel() for piece in pieces], pieces[rank].numel()
-    arrived = pieces[rank].new_empty(len(pieces) * own)
-    torch_dist.all_to_all_single(arrived, torch.cat(list(pieces)), [own] * len(pieces), sizes)
-    return arrived.view(len(pieces), own).sum(0)
+    arrived = flat.new_empty(len(sizes) * sizes[rank])
+    torch_dist.all_to_all_single(arrived, flat, [sizes[rank]] * len(sizes), list(sizes))
+    return arrived.view(len(sizes), sizes[rank]).sum(0)
 
 
 def exchange(out: Tensor, to: int, into: Tensor, source: int) -> Tensor:

@@ -100,9 +100,10 @@ def _memory(report: _Report, config: Config, profile: ClusterProfile, world: int
         ("weights", memory.weights),
         ("gradients", memory.gradients),
         ("masters, Adam, EMA", memory.optimizer),
-        ("bf16 copies of weights", memory.copies),
+        ("copies of weights", memory.copies),
         ("gradient buckets", memory.buckets),
         (f"activations, {kept}", memory.activations),
+        ("gradients of activations", memory.flow),
     ):
         report.add(name, f"{size / GB:6.2f} GB", "computed")
     report.add("context, workspace", f"{memory.allowance / GB:6.2f} GB", "assumed")

@@ -27,6 +27,8 @@ ALLOWANCE_BYTES = 2.5e9
 """Assumed for the CUDA context, NCCL's buffers, workspaces and what the allocator cannot use."""
 ALL_REDUCE_ELEMENTS = 500_000_000
 """Of gradients that DeepSpeed joins for one all-reduce at stage 0."""
+LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default of stage3_max_live_parameters."""
 STALL_SHARE = 0.12
 """Share of a save for which training waits, where it is written beside the steps: the bound of benchmark C9."""
 KNOWN_SAMPLES = {
@@ -110,7 +112,8 @@ def flow_bytes(model: ModelConfig, precision: str) -> int:
 class GpuMemory:
     """Bytes on one GPU at the peak of an update of several passes; one of a single pass takes no more.
 
-    sums: what it takes to sum gradients beyond themselves, when the activations are gone.
+    copies: of weights, in bf16 or gathered; sums: what summing gradients takes beyond themselves, when activations are
+    gone; flow: gradients of activations.
     """
 
     weights: float
@@ -138,20 +141,22 @@ def gpu_memory(model: ModelConfig, train: TrainConfig, zero: ZeroConfig, world_s
     """Memory of a rank. micro: its images in one forward pass.
 
     Sharded over the ranks from stage 1: fp32 masters, Adam's moments and the EMA; from 2: gradients; at 3: weights.
-    At stages 0 and 3 fp32 weights are their own masters.
+    At stage 0 fp32 weights are their own masters. At stage 3 DeepSpeed lets up to LIVE_ELEMENTS of gathered weights
+    live from the forward pass to the backward pass, so that smaller networks are there whole.
     """
     count, each = parameters(model), WEIGHT_BYTES[train.precision]
-    masters = 0 if zero.stage in (0, 3) and each == 4 else 4
+    masters = 0 if zero.stage == 0 and each == 4 else 4
+    gathered = min(count, LIVE_ELEMENTS) * each if zero.stage == 3 else 0
     bucket = zero.bucket_size * each
     share, beside = count * each / world_size, zero.stage >= 2 or (zero.stage == 1 and zero.overlap_comm)
     # A bucket is filled, or with overlap_comm two; to be summed it is put in order of the ranks, and the sums arrive.
     buckets = (zero.stage > 0) * (1 + zero.overlap_comm + 2 * beside) * bucket
-    sums = {0: min(count, ALL_REDUCE_ELEMENTS) * each, 1: share + 2 * bucket * (not beside), 2: share, 3: share}
+    sums = {0: min(count, ALL_REDUCE_ELEMENTS) * each, 1: share + 2 * bucket * (not beside), 2: 2 * share, 3: share}
     return GpuMemory(
         weights=count * each / (world_size if zero.stage == 3 else 1),
         gradients=count * each / (world_size if zero.stage >= 2 else 1),
         optimizer=count * (masters + 12) / (world_size if zero.stage >= 1 else 1),
-        copies=_cast_bytes(model) if train.precision == "bf16_autocast" else 0.0,
+        copies=gathered + (_cast_bytes(model) if train.precision == "bf16_autocast" else 0.0),
         buckets=buckets,
         sums=sums[zero.stage],
         activations=micro * activation_bytes(model, train.precision),

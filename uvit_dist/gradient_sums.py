@@ -37,10 +37,10 @@ def _sum_bucket(optimizer: Any, ranks: Ranks, bucket: Sequence[Piece], dtype: to
         parts[owner].append(tensor)
         if owner == ranks.rank:
             extra.append(output)
-    empty = bucket[0][1].new_empty(0)
-    pieces = [torch.cat(tensors or [empty]).to(dtype) for tensors in parts]
+    flat = torch.cat([tensor for tensors in parts for tensor in tensors]).to(dtype)
     own = parts[ranks.rank]
-    sums = dist.sum_pieces(pieces).split([tensor.numel() for tensor in own])
+    summed_flat = dist.sum_pieces(flat, [sum(tensor.numel() for tensor in tensors) for tensors in parts])
+    sums = summed_flat.split([tensor.numel() for tensor in own])
     for tensor, output, summed in zip(own, extra, sums, strict=True):
         optimizer._add_to_grad_partition_buffer(output, summed)
         tensor.copy_(summed)

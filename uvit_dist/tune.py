@@ -44,6 +44,7 @@ class Trials:
     def __init__(self, deadline: float) -> None:
         self.deadline, self.hello = deadline, dict[str, Any]()
         self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the trials
         self._lines: queue.Queue[str | None] = queue.Queue()
 
@@ -58,7 +59,8 @@ class Trials:
         command = [sys.executable, "-m", "uvit_dist.trial"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
                                          text=True)  # fmt: skip
-        threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True)
+        self._reader.start()
         hello = self._answer()
         if "error" in hello:
             raise UnavailableError(f"the process that measures did not start: {hello['error']}; see --seconds")
@@ -105,7 +107,10 @@ class Trials:
         """End the process."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            if self._reader is not None:
+                self._reader.join()  # its pipe has ended with the process
+            with contextlib.suppress(BrokenPipeError), self._process:
+                pass  # closes the pipes and waits
             self._process = None
 
     def __enter__(self) -> Trials:
@@ -172,7 +177,8 @@ def tune(config: Config, seconds: float, bus: float, memory_gb: float | None) ->
         yield f"{device}, {room / GB:.1f} GB [{whence}]; {world_size} rank(s) of {batch // world_size} images each"
         candidates, left_out = tuning.propose(config, world_size, room)
         yield "left out by the forecast"
-        yield from (f"  {what}: {why}" for what, why in left_out)
+        for why in dict.fromkeys(why for _, why in left_out):
+            yield f"  {'; '.join(what for what, reason in left_out if reason == why)}: {why}"
         yield f"measured on one rank, synthetic batches, {config.train.precision}"
         rows: list[Measured] = []
         untried: list[tuple[Candidate, str]] = []

@@ -70,5 +70,8 @@ def test_memory_is_as_forecast(stage, precision):
     for config, (held, peak) in zip(configs, run_ranks(memory_job, RANKS, configs)[0], strict=True):
         said = forecast.gpu_memory(config.model, config.train, config.zero, RANKS, MICRO)
         print(stage, precision, config.model.use_checkpoint, held / 1e6, peak / 1e6, said)
-        assert said.weights + said.optimizer == pytest.approx(held, rel=0.03)
+        kept = said.weights + said.optimizer
+        if stage == 3:  # DeepSpeed keeps its buffers of gradients, and a bucket
+            kept += said.gradients + config.zero.bucket_size * forecast.WEIGHT_BYTES[precision]
+        assert kept == pytest.approx(held, rel=0.03)
         assert said.total - said.allowance == pytest.approx(peak, rel=0.05)

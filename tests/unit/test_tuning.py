@@ -36,10 +36,10 @@ def test_where_memory_is_short_more_is_recomputed_or_sharded():
     assert Candidate(32, "selective", 1) in candidates
     assert Candidate(32, False, 1) not in candidates
     assert Candidate(16, False, 1) in candidates
-    three = tuning.memory(config, Candidate(32, False, 3), 32).total
-    candidates, _ = tuning.propose(config, 32, max(three, need["selective"]))
-    kept = [c for c in candidates if c.micro == 32 and c.checkpointing is False]
-    assert [c.stage for c in kept] != [1]
+    two = tuning.memory(config, Candidate(32, False, 2), 32).total
+    candidates, _ = tuning.propose(config, 32, two)
+    assert Candidate(32, False, 2) in candidates
+    assert Candidate(32, "selective", 1) in candidates, "recomputes more and shards less: only measuring can tell"
     told = [why for what, why in tuning.propose(config, 32, need[True])[1] if what == "micro-batch 32, all kept"]
     assert f"{need[False] / GB:.1f} GB at ZeRO-1" in told[0]
 
@@ -67,8 +67,8 @@ def test_what_the_rules_of_the_configuration_forbid_is_not_tried():
 def test_nothing_fits_and_what_would():
     config = load_config(H)
     with pytest.raises(ConfigError, match=r"nothing fits: 500,942,656 parameters on 8 .*, or (16|32|64) ranks"):
-        tuning.propose(config, 8, 4.2 * GB)
-    with pytest.raises(ConfigError, match=r"micro-batch 1, blocks recomputed, ZeRO-3.* or a smaller network"):
+        tuning.propose(config, 8, 5.6 * GB)
+    with pytest.raises(ConfigError, match=r"micro-batch 1, blocks recomputed, ZeRO-[23].* or a smaller network"):
         tuning.propose(config, 8, 1 * GB)
 
 
