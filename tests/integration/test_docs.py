@@ -186,8 +186,8 @@ def test_the_how_to_for_own_images_as_it_is_written(tmp_path):
 
 
 SMALLER = (
-    "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "train.steps=6", "train.global_batch_size=16", "checkpoint.every=3", "sample.steps=4",
-    "evaluate.samples=60",
+    "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "train.steps=6", "train.global_batch_size=16",
+    "checkpoint.every=3", "sample.steps=4", "evaluate.samples=60",
 )  # fmt: skip
 TOOLS = sorted(
     f"{path.parent.name}.{path.stem}"
