@@ -39,8 +39,8 @@ Values are strict: `1` is a number, `"1"` is none.
 
 CLUSTER = """# Cluster profiles
 
-`launch.cluster` names a YAML file with these keys: a cluster's facts, which all runs on it share. It may be empty.
-Examples: `slurm/gpu.yaml`, `slurm/gpu_infiniband.yaml`, `slurm/gpu_pyxis.yaml` and `slurm/gpu_apptainer.yaml`.
+`launch.cluster` names a YAML file with these keys: a cluster's facts, which all runs on it share. An empty file is
+valid. Examples: `slurm/gpu.yaml`, `slurm/gpu_infiniband.yaml`, `slurm/gpu_pyxis.yaml` and `slurm/gpu_apptainer.yaml`.
 What becomes of them is in [slurm.md](slurm.md#cluster-profiles).
 """
 

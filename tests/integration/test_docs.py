@@ -1,18 +1,23 @@
 """The documentation holds: the site builds without a warning, its commands parse, its names and figures are true."""
 
+import ast
 import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from data_tools.estimate import GB_MONTH_DOLLARS, estimate
-from tests.documents import DOCUMENTS, ROOT, Command, code, commands, configurations, main_of, parsed
+from tests.documents import DOCUMENTS, ROOT, Command, blocks, code, commands, configurations, main_of, parsed
 from tests.unit.test_layers import LAYERS, MODULES
 from uvit_dist import launch
 from uvit_dist.config import Config
@@ -138,6 +143,52 @@ def test_tests_that_are_named_exist(command):
     assert all((ROOT / file).exists() for file in files)
 
 
+PYTHON = [
+    (f"{path.relative_to(ROOT)}:{line}", text)
+    for path in DOCUMENTS
+    for kind, line, text in blocks(path)
+    if kind == "python"
+]
+
+
+@pytest.mark.parametrize(("where", "text"), PYTHON, ids=[where for where, _ in PYTHON])
+def test_programs_in_documents_import_what_is_there(where, text):
+    lines = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(lines, []), where, "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_how_to_for_own_images_as_it_is_written(tmp_path):
+    """Its configuration and its commands, one after the other, of 200 images; the network smaller, the run shorter."""
+    document = ROOT / "docs" / "howto_dataset.md"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/my_images.yaml").write_text(configurations()["configs/my_images.yaml"])
+    draw = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "data/my_images" / name).mkdir(parents=True)
+        for number in range(100):
+            pixels = draw.integers(0, 256, (80, 100, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data/my_images" / name / f"{number:04d}.png")
+    steps = [command for command in commands(document) if "my_images" in str(command.arguments)]
+    assert len(steps) == 5
+    for command in steps:
+        small = SMALLER if command.program in ("uvit_dist.launch", "uvit_dist.sample") else ()
+        done = subprocess.run(
+            [sys.executable, "-m", command.program, *command.arguments, *small],
+            cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size[0] >= 4 * 64, "four images in a row"
+    scores = json.loads((tmp_path / "runs/my_images/evaluation/scores.jsonl").read_text())
+    assert (scores["step"], scores["samples"]) == (6, 60)
+
+
+SMALLER = (
+    "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "train.steps=6", "train.global_batch_size=16",
+    "checkpoint.every=3", "sample.steps=4", "evaluate.samples=60",
+)  # fmt: skip
 TOOLS = sorted(
     f"{path.parent.name}.{path.stem}"
     for package in ("uvit_dist", "data_tools")
