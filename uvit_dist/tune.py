@@ -1,7 +1,7 @@
 """Find the micro-batch, checkpointing and ZeRO stage that train fastest on the GPU at hand, and say why.
 
-python -m uvit_dist.tune --config configs/uvit_h_imagenet512.yaml
-python -m uvit_dist.tune --config configs/uvit_h_imagenet512.yaml launch.nodes=8 --bus 400
+    python -m uvit_dist.tune --config configs/uvit_h_imagenet512.yaml
+    python -m uvit_dist.tune --config configs/uvit_h_imagenet512.yaml launch.nodes=8 --bus 400
 
 The forecast leaves out what does not fit, or cannot be faster. The rest is measured: whole updates of one rank on
 synthetic batches, no data needed. What one process cannot show is added by arithmetic and said to be: the state that
