@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from uvit_dist.config import Config
-from uvit_dist.config_yaml import changed, parse_config
+from uvit_dist.config import Config, SampleConfig
+from uvit_dist.config_yaml import changed, described, parse_config
 from uvit_dist.data.latents import check_same_text_encoder
 from uvit_dist.errors import ConfigError
 from uvit_dist.evaluation.networks import load_network
@@ -113,7 +114,7 @@ class UViTPipeline:
         """As calling the pipeline: (rows * count, 3, H, W) uint8, on the host.
 
         In batches of a fixed size, the last one padded: the noise of an image is a function of (seed, its number), its
-        last bits also of the size.
+        last bits also of the size. Raises ``ConfigError``.
         """
         if count < 1 or batch_size < 1:
             raise ConfigError(f"count {count}, batch_size {batch_size}: must be at least 1")
@@ -130,9 +131,12 @@ class UViTPipeline:
         return torch.cat(images)[:total]
 
     def _changed(self, sample: dict[str, Any]) -> Config:
-        tree = self.config.model_dump(mode="json")
-        tree["sample"] |= sample
-        return parse_config(tree, "sample") if sample else self.config
+        try:
+            section = SampleConfig.model_validate(self.config.sample.model_dump() | sample)
+        except ValidationError as error:
+            told = "; ".join(line for item in error.errors() for line in described(item, SampleConfig))
+            raise ConfigError(f"sample: {told}") from None
+        return self.config.model_copy(update={"sample": section})
 
     def _conditions(self, labels: Sequence[int] | None, prompts: Sequence[str]) -> Condition:
         """The conditions of the rows, one each."""

@@ -80,6 +80,7 @@ def as_network_input(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float() / 127.5 - 1
 
 
+@pytest.mark.slow
 def test_stable_diffusion_golden(tmp_path: Path) -> None:
     golden = np.load(GOLDEN / "vae.npz")
     shapes = json.loads((GOLDEN / "vae_state_dict.json").read_text())
@@ -107,6 +108,7 @@ def test_keys_round_trip_both_ways(diffusers_keys: dict[str, torch.Tensor]) -> N
     assert_equal(to_official_keys(from_official_keys(official)), official)
 
 
+@pytest.mark.slow
 def test_three_kinds_of_files_are_one_autoencoder(
     small: AutoencoderKL, diffusers_keys: dict[str, torch.Tensor], folder: Path, tmp_path: Path
 ) -> None:

@@ -179,7 +179,7 @@ def test_damage_is_never_exported_nor_loaded(tmp_path, monkeypatch, capsys):
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     run_export(monkeypatch, "--run-dir", tmp_path / "run", "--out", out)
     assert "step 5" in capsys.readouterr().out, "the one before is taken"
     with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors differs from its hash"):
@@ -190,7 +190,7 @@ def test_damage_is_never_exported_nor_loaded(tmp_path, monkeypatch, capsys):
     exported = bytearray(out.read_bytes())
     exported[-1] ^= 1
     out.write_bytes(exported)
-    with pytest.raises(DataError, match=r"out: damaged: \S+ differs from its hash; export or copy it again"):
+    with pytest.raises(DataError, match=r"safetensors: damaged: \S+ differs from its hash; export or copy it again"):
         load_weights(out)
 
 

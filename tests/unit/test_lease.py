@@ -101,6 +101,7 @@ def launcher(directory, confirm_after_s):
     return process, end
 
 
+@pytest.mark.slow
 def test_a_launcher_that_submits_holds_the_lease_and_a_dead_one_does_not(tmp_path):
     process, _ = launcher(tmp_path, 0)
     with pytest.raises(OutputError, match=rf"held by a launcher \(process {process.pid} on "):

@@ -100,6 +100,7 @@ def test_bad_images_are_left_out_and_named_and_the_others_are_as_without_them(da
     assert all(label == theirs[key][0] and np.array_equal(data, theirs[key][1]) for key, (label, data) in ours.items())
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_end_the_job_and_a_higher_limit_goes_on(damaged, tmp_path):
     out = tmp_path / "out"
     config = job_config(damaged, out, "precompute.bad_image_limit=0.05")
@@ -118,6 +119,7 @@ def test_too_many_bad_images_end_the_job_and_a_higher_limit_goes_on(damaged, tmp
     assert len(redone) <= 4, "the two units with a bad image, which may have been mended"
 
 
+@pytest.mark.slow
 def test_mended_images_are_taken_in_when_the_job_is_started_again(damaged, pictures, whole, tmp_path):
     config = job_config(damaged, tmp_path / "out", "precompute.bad_image_limit=0.05")
     with pytest.raises(DataError, match="2 of 23 images cannot be used"):
@@ -132,6 +134,7 @@ def test_mended_images_are_taken_in_when_the_job_is_started_again(damaged, pictu
     }
 
 
+@pytest.mark.slow
 def test_the_reference_leaves_out_what_the_shards_leave_out(damaged, tmp_path):
     config = job_config(damaged, tmp_path / "out", "precompute.bad_image_limit=0.1", "precompute.reference=true",
                         "evaluate.neighbours=2")  # fmt: skip
@@ -140,6 +143,7 @@ def test_the_reference_leaves_out_what_the_shards_leave_out(damaged, tmp_path):
         assert json.loads(str(made["provenance"]))["images"] == len(made["features"]) == 21
 
 
+@pytest.mark.slow
 def test_an_image_that_vanishes_after_the_listing_is_a_bad_image(damaged, tmp_path, monkeypatch):
     from data_tools import precompute_latents
 
@@ -166,6 +170,7 @@ def test_a_server_that_does_not_answer_is_no_bad_image(pictures, tmp_path, monke
     assert not (tmp_path / "out" / "bad_images.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_each_shard_is_written_once_and_the_same_whatever_the_worker_did_before(pictures, whole, tmp_path, monkeypatch):
     written = []
     from data_tools import pipeline
@@ -187,6 +192,7 @@ def test_each_shard_is_written_once_and_the_same_whatever_the_worker_did_before(
     assert len(redone) <= 2 * (1 + pipeline.UNFINISHED), "no more than the units under way"
 
 
+@pytest.mark.slow
 def test_other_settings_make_other_shards_and_the_index_says_with_which(pictures, whole, tmp_path):
     out = tmp_path / "out"
     precompute(job_config(pictures, out, "precompute.batch_size=5"), CPU)
@@ -196,6 +202,7 @@ def test_other_settings_make_other_shards_and_the_index_says_with_which(pictures
     assert files(out) == files(whole)
 
 
+@pytest.mark.slow
 def test_the_options_of_the_encoder_report_what_they_change(pictures, whole, tmp_path, caplog):
     options = ["precompute.precision=bf16", "precompute.channels_last=true"]
     with caplog.at_level(logging.INFO):
@@ -212,6 +219,7 @@ def test_the_options_of_the_encoder_report_what_they_change(pictures, whole, tmp
     assert off.max() < 5 * largest
 
 
+@pytest.mark.slow
 def test_the_status_is_told_from_the_directory_alone(pictures, tmp_path, monkeypatch, capsys):
     config = job_config(pictures, tmp_path / "out")
     seen = []

@@ -95,6 +95,7 @@ def test_every_caption_has_its_context(pictures, tower):
         assert np.allclose(data, autoencoder.encode_moments(x0)[0].numpy(), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_what_is_done_and_notices_other_captions(pictures, tower):
     config = text_config(pictures, tower)
     precompute(config, CPU)
@@ -112,6 +113,7 @@ def test_a_restart_keeps_what_is_done_and_notices_other_captions(pictures, tower
     assert contexts_in(read_index(config.data.index))["2"][0] == ["Bread"]
 
 
+@pytest.mark.slow
 def test_mirror_images_have_the_same_contexts(pictures, tower):
     config = text_config(pictures, tower, "data.mirror=true")
     precompute(config, CPU)
@@ -134,6 +136,7 @@ def test_the_bits_of_a_context_do_not_depend_on_its_companions(tower):
     assert not np.array_equal(whole[texts[0]], whole[texts[1]])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_encoded_is_said(pictures, tower, monkeypatch):
     with pytest.raises(MissingInputError, match=r"text\.encoder nowhere: no such file"):
         precompute(text_config(pictures, "nowhere"), CPU)

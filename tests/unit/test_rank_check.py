@@ -76,6 +76,7 @@ def report_of(directory):
     return json.loads((directory / "run" / "launch" / "train" / "preflight.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_healthy_ranks_pass_and_are_timed(tmp_path):
     reports = run_ranks(healthy, 4, tmp_path)
@@ -91,6 +92,7 @@ def test_healthy_ranks_pass_and_are_timed(tmp_path):
     assert run_state.preflight(tmp_path / "run" / "launch" / "train") == written
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_rank_whose_numbers_are_wrong_is_named_by_its_node(tmp_path):
     for message in run_ranks(with_a_wrong_rank, 4, tmp_path):
@@ -100,6 +102,7 @@ def test_a_rank_whose_numbers_are_wrong_is_named_by_its_node(tmp_path):
     assert not report_of(tmp_path)["passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     *told, absent = run_ranks(with_an_absent_rank, 4, tmp_path)
@@ -110,6 +113,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
     assert list(report_of(tmp_path)["failing"]) == ["n1"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_rank_that_does_not_reach_the_first_says_so(tmp_path):
     first, cut_off = run_ranks(with_a_rank_that_is_cut_off, 2, tmp_path)

@@ -137,6 +137,7 @@ def arrays_of(path: str) -> dict[str, Any]:
         return dict(archive)
 
 
+@pytest.mark.slow
 def test_a_reference_has_the_same_bits_however_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fid_reference, "UNIT", 4)
     changes = folder_of_images(tmp_path)
@@ -174,6 +175,7 @@ def job_features(job: ReferenceJob, numbers: np.ndarray) -> np.ndarray:
     return torch.cat(job._features(numbers)[PIXELS]).numpy()
 
 
+@pytest.mark.slow
 def test_a_reference_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     changes = folder_of_images(tmp_path)
     config = config_of(tmp_path, *changes)

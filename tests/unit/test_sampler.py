@@ -170,9 +170,9 @@ def test_a_call_may_change_how_it_samples():
     net = Recorder()
     config = without_autoencoder(config_of("uvit_h_imagenet256", "sample.cfg_scale=0"))
     pipeline = UViTPipeline(config, net, None, None)
-    (image,) = pipeline([7], batch_size=1, steps=5)
-    assert (image.mode, image.size, len(net.asked)) == ("RGB", (32, 32), 5)
-    with pytest.raises(ConfigError, match=r"sample\.stepz"):
+    assert len(pipeline([7], batch_size=1, steps=5)) == 1
+    assert len(net.asked) == 5
+    with pytest.raises(ConfigError, match="stepz: no such key; did you mean steps"):
         pipeline([7], stepz=5)
 
 

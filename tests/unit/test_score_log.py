@@ -23,6 +23,7 @@ def scored(run_dir, *records):
         score_log.append_line(score_log.path_of(run_dir), each)
 
 
+@pytest.mark.slow
 def test_lines_of_many_writers_stay_whole(tmp_path):
     code = (
         "from uvit_dist.score_log import append_line; import sys\n"

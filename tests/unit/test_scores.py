@@ -43,6 +43,7 @@ def two_sets(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
     return like_inceptions(*request.param, seed=1), like_inceptions(*request.param, seed=2)
 
 
+@pytest.mark.slow
 def test_frechet_distance_is_the_public_ones(two_sets: tuple[Tensor, Tensor]) -> None:
     sides = []
     for side in two_sets:

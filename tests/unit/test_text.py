@@ -163,6 +163,7 @@ def test_frozen_and_fp32_under_autocast(ours: TextEncoder) -> None:
     assert torch.backends.cuda.matmul.fp32_precision == precision  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_all_kinds_of_files_are_one_encoder(
     ours: TextEncoder, folder: Path, keys_5: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

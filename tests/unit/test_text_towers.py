@@ -158,6 +158,7 @@ def test_tokens_and_contexts_are_open_clips(
     assert not any("visual" in key or "projection" in key or ".proj." in key for key in encoder.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-H-14", "coca_ViT-B-32", "roberta-ViT-B-32"])
 def test_all_kinds_of_files_are_one_encoder(
     name: str, theirs: dict[str, nn.Module], folders: dict[str, Path], tmp_path: Path
@@ -208,6 +209,7 @@ def test_fingerprints_tell_towers_and_tokenizers_apart(
 ALL_MODELS = open_clip.list_models()
 
 
+@pytest.mark.slow
 def test_every_tower_of_open_clips_can_be_built(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").touch()
     built: set[str] = set()

@@ -108,6 +108,7 @@ def test_stacks_are_shown_when_asked_and_by_a_signal_also_of_a_stopped_rank(rank
         assert f"rank {rank}: the stacks of all threads, as the supervisor asked" in text
 
 
+@pytest.mark.slow
 def test_a_rank_that_nobody_answers_ends_itself(ranks):
     ranks.server.expect("token", 1)
     ranks.start(0)
