@@ -123,6 +123,7 @@ def tried(session: Session, way: Way, steps: int) -> Training | None:
     except Exception as error:  # noqa: BLE001 - what cannot be done is a finding too
         print(f"{way}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
         done = None
+    torch.compiler.reset()  # only so many versions of a block are kept, and the next way wants others
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     if done is not None:

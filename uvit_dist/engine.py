@@ -136,7 +136,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": self._micro_batch,
             "gradient_accumulation_steps": self._micro_batches,
             "gradient_clipping": self.config.optimizer.clip_grad_norm or 0.0,
-            "bf16": {"enabled": train.precision == "bf16"},
+            # Whether gradients are finite is known before DeepSpeed is asked for an update: see _agree.
+            "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
             "communication_data_type": zero.reduce_dtype,
             "zero_optimization": {
                 "stage": zero.stage,
@@ -145,6 +146,8 @@ class Engine:
                 "reduce_bucket_size": zero.bucket_size,
                 "allgather_bucket_size": zero.bucket_size,
                 "stage3_prefetch_bucket_size": zero.bucket_size,
+                # A norm of its own, for which the host would wait a second time, is needed for clipping alone.
+                "compute_grad_norm": zero.stage in (0, 3) or self.config.optimizer.clip_grad_norm is not None,
                 # This option would replace torch.nn.functional.linear for the whole process.
                 "memory_efficient_linear": False,
             },
@@ -211,10 +214,12 @@ class Engine:
             self._ds.zero_grad()
             self._ds.micro_steps += 1
             return
-        gradients = self._local_gradients()
+        gradients, optimizer = self._local_gradients(), self._ds.optimizer
         for gradient in gradients:
             gradient.fill_(math.nan)
+        optimizer.check_grad_overflow = True
         self._ds.step()
+        optimizer.check_grad_overflow = False
         assert not self._ds.was_step_applied(), "DeepSpeed made an update that was not admitted"
         for gradient in gradients:
             gradient.zero_()  # under ZeRO-3 these are buffers, whose padding nothing else would write

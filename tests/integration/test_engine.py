@@ -202,3 +202,49 @@ def test_a_refused_step_leaves_no_trace(config_of, precision, stage, ranks):
     assert [math.isfinite(norm) for _, norm, _ in first] == [True, False, False, True, False]
     assert all(math.isfinite(own) for *_, own in first)
     assert [math.isfinite(own) for *_, own in second] == [True, False, False, True, False], "each rank's own"
+
+
+def every_stage_job(config, options):
+    """As ``engine_job``, at each ZeRO stage in turn, with each set of its options. Returns the results."""
+    from uvit_dist import dist
+    from uvit_dist.config_yaml import changed, parse_config
+    from uvit_dist.engine import Engine
+
+    ranks = dist.ranks_from_environment()
+    dist.start(ranks, 300)
+    out = {}
+    for stage in range(4):
+        for name, more in options[stage].items():
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            tree = changed(config.model_dump(mode="json"), [f"zero.stage={stage}", *more])
+            chosen = parse_config(tree)
+            engine = Engine(network(chosen), chosen, ranks)
+            size, results = 24 // ranks.world_size, []
+            for batch in batches():
+                mine = [part[ranks.rank * size : (ranks.rank + 1) * size] for part in batch]
+                pieces = [tuple(part[first : first + 6] for part in mine) for first in range(0, size, 6)]
+                result = engine.train_step(pieces, loss_of, always)
+                results.append((result.loss, result.grad_norm))
+            out[stage, name] = results, sorted(engine.shapes), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return out
+
+
+def test_compiled_and_selective_steps_are_the_same_at_every_stage(config_of):
+    """Two ranks with two micro-batches each, in fp32: the speed of a step is no part of what it computes."""
+    selective, compiled = "model.use_checkpoint=selective", "speed.compile=true"
+    each = {"plain": [], "selective": [selective], "both": [selective, compiled]}
+    options = [each, each, each, {**each, "compiled": [compiled]}]  # at stage 3 hooks cut the blocks in pieces
+    config = config_of("train.precision=fp32", "train.micro_batch_size=6")
+    told, other = run_ranks(every_stage_job, 2, config, options, timeout=900)
+    for stage in range(4):
+        plain, names, graphs = told[stage, "plain"]
+        assert graphs == 0
+        assert told[stage, "selective"][0] == plain, "bit for bit"
+        for name in set(options[stage]) - {"plain", "selective"}:
+            results, same_names, graphs = told[stage, name]
+            assert graphs > 0, f"nothing was compiled at stage {stage}"
+            assert same_names == names
+            assert [loss for loss, _ in results] == pytest.approx([loss for loss, _ in plain], rel=1e-6)
+            assert [norm for _, norm in results] == pytest.approx([norm for _, norm in plain], rel=1e-4)
+            assert other[stage, name][0] == results, "all ranks learn the same"

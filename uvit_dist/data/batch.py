@@ -52,8 +52,9 @@ class Rows:
 
     def __init__(self, made: Provenance, count: int, pinned: bool = False) -> None:
         self.count = count
-        parts = [made] if made.text is None else [made, made.text]
-        self._arrays = [_memory((count, *part.shape), part.dtype, pinned) for part in parts]
+        self._arrays = [_memory((count, *made.shape), made.dtype, pinned)]
+        if made.text is not None:
+            self._arrays.append(_memory((count, *made.text.shape), made.text.dtype, pinned))
         self.data, *rest = (_cut(array) for array in self._arrays)
         self.contexts = rest[0] if rest else []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,27 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from uvit_dist.errors import DataError, MissingInputError
 
+_ATEN = torch.ops.aten
+PRODUCTS = {
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+}
+"""What a compiler sees of linear layers and attention."""
 
+Run = Callable[..., Tensor]
+"""Of a function and its arguments, how autograd keeps what the backward pass needs of it."""
+
+
+@torch.compiler.disable
 def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """function(*args), of which autograd keeps the arguments alone and gets the rest again in the backward pass.
 
@@ -34,6 +51,17 @@ def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
         # Under ZeRO-3 a weight is empty between its uses, which the metadata check would take for a change.
         determinism_check="none",
     )
+
+
+def _product_or_not(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
+
+
+def _compiled_selectively(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """function(*args), for a compiler, which is told to keep the results of products and to recompute the rest."""
+    contexts = partial(create_selective_checkpoint_contexts, _product_or_not)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _kept(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -121,16 +149,21 @@ class Block(nn.Module):
     def _fc1(self, x: Tensor) -> Tensor:
         return self.mlp.fc1(self.norm2(x))
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x, skip: (B, L, D). Returns (B, L, D)."""
-        # A compiler decides for itself what is cheap to compute again: it keeps products too (docs/performance.md).
-        again = self.selective and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run = _recomputed if again else _kept
+    def _forward(self, x: Tensor, skip: Tensor | None = None, run: Run = _kept) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             x = run(self._join, x, skip)
         x = x + self.attn(run(self._qkv, x))
         return x + run(self.mlp, run(self._fc1, x))
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x, skip: (B, L, D). Returns (B, L, D)."""
+        if not (self.selective and self.training and torch.is_grad_enabled()):
+            return self._forward(x, skip)
+        hooked = len(self.norm1._forward_pre_hooks) > 0  # by ZeRO-3: no compiler sees the block as a whole
+        if torch.compiler.is_compiling() and not hooked:
+            return _compiled_selectively(self._forward, x, skip)
+        return self._forward(x, skip, _recomputed)
 
 
 class UViT(nn.Module):
