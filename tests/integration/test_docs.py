@@ -193,7 +193,7 @@ TOOLS = sorted(
     f"{path.parent.name}.{path.stem}"
     for package in ("uvit_dist", "data_tools")
     for path in (ROOT / package).glob("*.py")
-    if "\ndef main(" in path.read_text()
+    if "\ndef main(" in (text := path.read_text()) and "ArgumentParser" in text  # the others are started by programs
 )
 
 
