@@ -37,6 +37,12 @@ def compile_blocks(net: nn.Module, speed: SpeedConfig, device: torch.device) -> 
         net.compile_blocks(dynamic=False, mode="reduce-overhead" if speed.cuda_graphs else None)
 
 
+def begin_graphs(speed: SpeedConfig) -> None:
+    """Before the network is run anew: what it gave before may be overwritten, and nothing that it gives from now on."""
+    if speed.cuda_graphs:  # each block is compiled by itself, so torch cannot tell where the network begins
+        torch.compiler.cudagraph_mark_step_begin()
+
+
 def attention_kernel(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """What to enter around forward and backward passes, so that the attention uses the kernel asked for.
 

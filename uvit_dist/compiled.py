@@ -20,10 +20,14 @@ def library(source: Path) -> ctypes.CDLL:
     folder = Path(os.environ.get("UVIT_DIST_CACHE") or os.path.expanduser("~/.cache/uvit_dist"))
     identity = source.read_bytes() + " ".join((platform.machine(), *platform.libc_ver())).encode()
     kept = folder / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = f"{kept}.tmp-{uuid.uuid4().hex}"
-        command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-o", temporary, str(source)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(temporary, kept)
+    if kept.exists():
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError:  # cut short by a full disk, or of another machine
+            pass
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = f"{kept}.tmp-{uuid.uuid4().hex}"
+    command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-o", temporary, str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    os.replace(temporary, kept)
     return ctypes.CDLL(str(kept))

@@ -121,12 +121,19 @@ def _precision_rules(sections: Mapping[str, Any]) -> list[Rule]:
 
 
 def _graph_rules(sections: Mapping[str, Any]) -> list[Rule]:
-    graphs, stage = sections["speed"].cuda_graphs, sections["zero"].stage
+    graphs, stage, train = sections["speed"].cuda_graphs, sections["zero"].stage, sections["train"]
+    world = sections["launch"].nodes * sections["launch"].processes_per_node
     return [
         (
             not graphs or stage in (1, 2),
             f"speed.cuda_graphs needs zero.stage 1 or 2, not {stage}: a graph wants weights that stay in their place "
             "(stage 3 moves them) and gradients that are taken away (stage 0 leaves them)",
+        ),
+        (
+            not graphs or stage == 2 or train.global_batch_size <= world * train.micro_batch_size,
+            "speed.cuda_graphs needs zero.stage 2 where a rank's batch is several micro-batches "
+            f"(train.global_batch_size {train.global_batch_size}, {world} ranks, train.micro_batch_size "
+            f"{train.micro_batch_size}): stage 1 leaves gradients until the last of them; or make it one",
         ),
         (
             not graphs or sections["model"].use_checkpoint is not True,

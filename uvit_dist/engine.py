@@ -1,8 +1,8 @@
 """The training engine over DeepSpeed: step, gradient norm, fp32 masters, EMA under ZeRO 0–3, state in and out.
 
-The one module that knows DeepSpeed. Its fp32 master weights and Adam's moments are reached as *fragments*: runs of a
-parameter that this rank owns. Fragments of all ranks tile every parameter exactly, so that a state saved on any number
-of ranks at any stage can be loaded on any other.
+The one module that knows DeepSpeed, but for ``gradient_sums``, which takes the place of a part of it. Its fp32 master
+weights and Adam's moments are reached as *fragments*: runs of a parameter that this rank owns. Fragments of all ranks
+tile every parameter exactly, so that a state saved on any number of ranks at any stage can be loaded on any other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from uvit_dist import dist, gradient_sums
-from uvit_dist.acceleration import attention_kernel, compile_blocks
+from uvit_dist.acceleration import attention_kernel, begin_graphs, compile_blocks
 from uvit_dist.config import Config
 from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.dist import Ranks
@@ -141,7 +141,8 @@ class Engine:
             "communication_data_type": zero.reduce_dtype,
             "zero_optimization": {
                 "stage": zero.stage,
-                "overlap_comm": zero.overlap_comm and self.ranks.device.type == "cuda",
+                # For it DeepSpeed waits for the device at the end of a backward pass; one rank has nothing to overlap.
+                "overlap_comm": zero.overlap_comm and self.ranks.device.type == "cuda" and self.ranks.world_size > 1,
                 "contiguous_gradients": True,
                 "reduce_bucket_size": zero.bucket_size,
                 "allgather_bucket_size": zero.bucket_size,
@@ -179,6 +180,7 @@ class Engine:
         losses = []
         with self._attention():
             for number, micro_batch in enumerate(micro_batches):
+                begin_graphs(self.config.speed)
                 with record_function("forward"):
                     loss = loss_of(self._ds, micro_batch)
                 with record_function("backward"):
@@ -228,6 +230,7 @@ class Engine:
     def forward_only(self, compute: Callable[[nn.Module], Any]) -> Any:
         """compute(network) without gradients; under ZeRO-3 every rank must call the network equally often."""
         self._ds.eval()
+        begin_graphs(self.config.speed)
         with self._attention():
             return compute(self._ds)
 

@@ -26,6 +26,7 @@ def send_to_owners(optimizer: Any, ranks: Ranks) -> None:
     def sum_bucket(bucket: Sequence[Piece], communication_data_type: torch.dtype, **_: Any) -> None:
         _sum_bucket(optimizer, ranks, bucket, communication_data_type)
 
+    assert hasattr(optimizer, "allreduce_and_scatter"), "this DeepSpeed sums gradients by another function"
     optimizer.allreduce_and_scatter = sum_bucket  # what DeepSpeed calls on its stream of reductions
 
 
@@ -35,6 +36,8 @@ def _sum_bucket(optimizer: Any, ranks: Ranks, bucket: Sequence[Piece], dtype: to
     for owners, tensor, output in bucket:
         (owner,) = owners
         parts[owner].append(tensor)
+        if tensor.is_cuda:  # of a gradient larger than a bucket, whose memory belongs to the backward pass's stream
+            tensor.record_stream(torch.cuda.current_stream())
         if owner == ranks.rank:
             extra.append(output)
     flat = torch.cat([tensor for tensors in parts for tensor in tensors]).to(dtype)

@@ -29,12 +29,15 @@ def model_card(manifest: Mapping[str, Any], kind: str, scores: Sequence[Mapping[
     asked = "count=4" if model["num_classes"] <= 0 else "labels=[0, 1]"
     if model["clip_dim"] is not None:
         asked = 'prompts=["A green train."]'
+    how = "" if kind == "ema" else f', weights="{kind}"'
+    if config.get("autoencoder"):
+        how += ', "autoencoder.decoder=PATH"'
     lines = [
         f"---\n{_header(config, scores, name).to_yaml()}\n---",
         f"# {name}\n",
         f"A U-ViT ([All are Worth Words]({PAPER})) trained by `uvit_dist`.\n",
         "```python\nfrom uvit_dist import UViTPipeline\n",
-        f'pipe = UViTPipeline.from_pretrained("{name}")\nimages = pipe({asked}, seed=0)\n```\n',
+        f'pipe = UViTPipeline.from_pretrained("{name}"{how})\nimages = pipe({asked}, seed=0)\n```\n',
         "## Training\n",
         *_table(("What", "Value"), _training(manifest, kind)),
         "\n## Scores\n",
@@ -81,7 +84,12 @@ def _training(manifest: Mapping[str, Any], kind: str) -> list[Row]:
     ]
     if config.get("autoencoder"):
         section = config["autoencoder"]
-        rows.append(("decoder", f"{Path(section['decoder']).name}, sha256 {section['decoder_sha256'] or 'not given'}"))
+        rows.append(
+            (
+                "decoder",
+                f"{Path(section['decoder']).name.partition('?')[0]}, sha256 {section['decoder_sha256'] or 'not given'}",
+            )
+        )
         rows.append(("scale of the latents", section["scale_factor"]))
     if manifest.get("text_encoder"):
         rows.append(("text encoder, fingerprint", manifest["text_encoder"]))

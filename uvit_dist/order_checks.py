@@ -66,9 +66,10 @@ def _require_there(key: str, path: str) -> None:
 
 def _check_index(config: Config, key: str, path: str) -> None:
     from uvit_dist.data.shards import read_index  # seconds, which the other jobs need not wait
-    from uvit_dist.preflight import contradictions
+    from uvit_dist.preflight import HELD_OUT_REMEDY, contradictions
 
-    wrong = contradictions(config, read_index(path, key).provenance)
+    index = read_index(path, key, HELD_OUT_REMEDY) if key == "validation.index" else read_index(path, key)
+    wrong = contradictions(config, index.provenance)
     if wrong:
         raise DataError(f"{key} {path} does not hold what the configuration describes:\n  " + "\n  ".join(wrong))
 

@@ -87,8 +87,8 @@ class UViTPipeline:
 
     def __call__(
         self,
-        labels: Sequence[int] | None = None,
-        prompts: Sequence[str] = (),
+        labels: Sequence[int] | int | None = None,
+        prompts: Sequence[str] | str = (),
         count: int = 1,
         seed: int = 0,
         batch_size: int = 8,
@@ -104,8 +104,8 @@ class UViTPipeline:
 
     def tensors(
         self,
-        labels: Sequence[int] | None = None,
-        prompts: Sequence[str] = (),
+        labels: Sequence[int] | int | None = None,
+        prompts: Sequence[str] | str = (),
         count: int = 1,
         seed: int = 0,
         batch_size: int = 8,
@@ -136,11 +136,20 @@ class UViTPipeline:
         except ValidationError as error:
             told = "; ".join(line for item in error.errors() for line in described(item, SampleConfig))
             raise ConfigError(f"sample: {told}") from None
+        if section.solver.startswith("euler") and self.config.diffusion.schedule != "vpsde":
+            raise ConfigError(
+                f"sample.solver {section.solver} needs diffusion.schedule vpsde; this network was trained with "
+                f"{self.config.diffusion.schedule}: use dpm_solver_pp or dpm_solver"
+            )
         return self.config.model_copy(update={"sample": section})
 
-    def _conditions(self, labels: Sequence[int] | None, prompts: Sequence[str]) -> Condition:
+    def _conditions(self, labels: Sequence[int] | int | None, prompts: Sequence[str] | str) -> Condition:
         """The conditions of the rows, one each."""
         model = self.config.model
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if isinstance(labels, int):
+            labels = [labels]
         if model.clip_dim is not None:
             return {"context": self._contexts(labels, prompts)}
         if prompts:
@@ -157,7 +166,7 @@ class UViTPipeline:
             raise ConfigError(f"labels {list(labels)}: must be numbers from 0 to {last}")
         return {"y": torch.tensor(list(labels))}
 
-    def _contexts(self, labels: Sequence[int] | None, prompts: Sequence[str]) -> Tensor:
+    def _contexts(self, labels: Sequence[int] | int | None, prompts: Sequence[str] | str) -> Tensor:
         """(rows, L, D); that of the empty prompt is kept for guidance."""
         model, section = self.config.model, self.config.text
         if not prompts or labels is not None or self.text_encoder is None or section is None:

@@ -92,7 +92,10 @@ class Trials:
         if self._process is None:
             if self.left_s < START_S:
                 return {"error": "the time was over"}
-            self.start()
+            try:
+                self.start()
+            except UnavailableError as error:  # what was measured before is worth having
+                return {"error": str(error)}
         assert self._process is not None
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then the answer says why

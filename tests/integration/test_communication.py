@@ -24,7 +24,7 @@ def losses_and_bytes(out, *options):
     return [row["loss"] for row in one], [row["loss"] for row in two], [row["wire"] for row in two[1:]]
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (1, "bf16"), (1, "null"), (2, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "null"), (1, "bf16"), (2, "fp32")])
 def test_bytes_on_the_wire_are_those_of_theory(tmp_path, stage, dtype):
     options = [f"zero.stage={stage}", f"zero.reduce_dtype={dtype}"]
     alone, together, wire = losses_and_bytes(tmp_path / "rank", *options)

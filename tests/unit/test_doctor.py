@@ -105,7 +105,7 @@ def test_torch_and_torchvision_must_be_built_for_each_other(torch, vision, needs
 def test_a_torch_for_the_cpu_beside_a_gpu():
     (found,) = packages.judge_torch_for_gpus(None, ["NVIDIA H100"])
     assert "1 GPU(s) here (NVIDIA H100), but this torch was built for the CPU alone" in found.told
-    assert "whl/cu128" in found.remedy
+    assert "both built for CUDA" in found.remedy
     assert packages.judge_torch_for_gpus("12.8", ["NVIDIA H100"]) == packages.judge_torch_for_gpus(None, []) == []
 
 

@@ -23,14 +23,21 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def case(tmp_path):
-    """A file, ranges of it in another order, and the memory they go to."""
-    content = np.random.default_rng(1).bytes(3 * sum(SIZES))
+GAPS = (0, 1, 4096, 4097, 0, 511, 60_000)
+"""Between ranges: some are read together, some are too far from each other."""
+
+
+@pytest.fixture(params=["in order", "backwards", "many in order"])
+def case(tmp_path, request):
+    """A file, ranges of it, and the memory they go to."""
+    content = np.random.default_rng(1).bytes(4 * sum(SIZES) + 100_000)
     path = tmp_path / "file"
     path.write_bytes(content)
-    sizes = np.array(SIZES[::-1])
-    starts = np.cumsum(sizes[::-1])[::-1] + 7
+    sizes = np.array([300] * 45 if request.param == "many in order" else SIZES)
+    gaps = np.resize(GAPS[:3] if request.param == "many in order" else GAPS, len(sizes))
+    starts = 7 + np.cumsum(gaps) + np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    if request.param == "backwards":
+        sizes, starts = sizes[::-1].copy(), starts[::-1].copy()
     memory = np.zeros(sizes.sum(), dtype=np.uint8)
     to = np.uint64(memory.ctypes.data) + np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.uint64)
     hashes = [xxhash.xxh3_64_intdigest(content[a : a + n]) for a, n in zip(starts, sizes, strict=True)]
@@ -40,7 +47,7 @@ def case(tmp_path):
 
 def test_each_range_goes_to_its_place(case, way):
     path, content, wanted, memory = case
-    assert read_ranges(str(path), wanted).tolist() == [WHOLE] * len(SIZES)
+    assert read_ranges(str(path), wanted).tolist() == [WHOLE] * len(wanted)
     expected = b"".join(content[a:b] for a, b in zip(wanted.starts, wanted.ends, strict=True))
     assert memory.tobytes() == expected
 
@@ -53,10 +60,11 @@ def test_a_flipped_bit_and_the_end_of_the_file_are_told_of_the_range_they_are_in
             flipped[place] ^= 1
             path.write_bytes(flipped)
             assert np.flatnonzero(read_ranges(str(path), wanted) == DIFFERENT).tolist() == [number]
-    path.write_bytes(content[: wanted.ends[1] - 1])
-    short = (wanted.ends > wanted.ends[1] - 1).nonzero()[0].tolist()
-    assert np.flatnonzero(read_ranges(str(path), wanted) == SHORT).tolist() == short
-    assert 1 in short
+    for number in range(len(wanted)):
+        path.write_bytes(content[: wanted.ends[number] - 1])
+        short = np.flatnonzero(wanted.ends > wanted.ends[number] - 1).tolist()
+        assert number in short
+        assert np.flatnonzero(read_ranges(str(path), wanted) == SHORT).tolist() == short
 
 
 def test_what_cannot_be_read_is_an_error_of_the_system(case, way, tmp_path):

@@ -106,6 +106,10 @@ def _judge(need: Requirement, version: str | None) -> Finding | None:
     return None if fits else problem(SECTION, need.name, f"{version}; needed: {need.specifier}", remedy)
 
 
+BUILDS = "https://pytorch.org/get-started/locally"
+"""Where the commands for each kind of build are."""
+
+
 def judge_builds(torch: str, torchvision: str, needs: SpecifierSet) -> list[Finding]:
     """Whether torch and torchvision were built for each other. needs: the versions of torch that the latter names.
 
@@ -113,8 +117,8 @@ def judge_builds(torch: str, torchvision: str, needs: SpecifierSet) -> list[Find
     """
     told, here = f"torch {torch}, torchvision {torchvision}", Version(torch)
     builds = [Version(version).local for version in (torch, torchvision)]
-    index = f" --index-url https://download.pytorch.org/whl/{builds[0]}" if builds[0] else ""
-    remedy = f"pip install --force-reinstall 'torch=={here.public}' torchvision{index}"
+    same = f", both built for {builds[0]}: {BUILDS}" if builds[0] else ""
+    remedy = f"pip install --force-reinstall 'torch=={here.public}' torchvision{same}"
     if not needs.contains(here.public, prereleases=True):
         return [problem(SECTION, "torchvision", f"{told}: built for torch{needs}", remedy)]
     if None not in builds and builds[0] != builds[1]:
@@ -127,5 +131,5 @@ def judge_torch_for_gpus(cuda: str | None, gpus: Sequence[str]) -> list[Finding]
     if not gpus or cuda is not None:
         return []
     told = f"{len(gpus)} GPU(s) here ({gpus[0]}), but this torch was built for the CPU alone"
-    remedy = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu128"
+    remedy = f"pip install --force-reinstall torch torchvision, both built for CUDA: {BUILDS}"
     return [problem(SECTION, "torch", told, remedy)]

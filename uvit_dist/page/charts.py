@@ -143,7 +143,10 @@ def _parts(axes: Axes, parts: list[Curve]) -> None:
 
 def _time(axes: Axes, run: Run) -> None:
     now = run.hours(run.state["time"])
-    last = max([run.hours(line["time"]) for line in run.all_lines] + [span.end or now for span in run.attempts])
+    last = max(
+        [run.hours(line["time"]) for line in run.all_lines]
+        + [now if span.end is None else span.end for span in run.attempts]
+    )
     unit, scale = ("hours", 1.0) if last >= 3 else ("minutes", 60.0)
     top = axes.get_xaxis_transform()
     for span in run.attempts:

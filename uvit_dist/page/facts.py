@@ -187,7 +187,7 @@ def pictures(run_dir: str | Path, records: Sequence[Record]) -> list[Picture]:
         if data is not None:
             distance = score_log.distance_of(dict(record))
             score = "" if distance is None else f", {distance:.4g}"
-            told = f"step {record.get('step', '?'):,}, {record.get('weights')} weights{score}"
+            told = f"step {int(record.get('step') or 0):,}, {record.get('weights')} weights{score}"
             found.append(Picture(data, told))
     return found
 
