@@ -56,6 +56,7 @@ def test_the_kernel_is_used_where_there_is_a_compiler():
     assert resample.agrees_with_pillow() == (shutil.which("cc") is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64, 256, 512])
 def test_fast_crops_have_the_bytes_of_plain_ones(photographs, size):
     draw = np.random.default_rng(size)

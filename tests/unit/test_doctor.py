@@ -285,6 +285,7 @@ BEGINS = "import json, os, signal, sys, time\nprint(json.dumps({'begins': 'NCCL'
 FOUND = BEGINS + f"print(json.dumps({ok('GPUs', 'GPU 0', 'there').__dict__!r}), flush=True)\n"
 
 
+@pytest.mark.slow
 def test_a_probe_that_hangs_is_ended_and_named_and_what_it_found_is_kept(child_that):
     began = time.monotonic()
     kept, late = child_that(FOUND + "time.sleep(60)").wait(3.0)

@@ -46,6 +46,7 @@ def run(path, world_size, steps, journal=None, start=0, **options):
     return ids, loaders[0].journal
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_left_out_from_the_next_step_on_whatever_ranks_threads_and_prefetch(index_path):  # noqa: F811
     whole, _ = run(index_path, 1, STEPS)
     damage_shard(index_path)

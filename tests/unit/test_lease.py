@@ -112,6 +112,7 @@ def test_a_launcher_that_submits_holds_the_lease_and_a_dead_one_does_not(tmp_pat
     assert lease.read(tmp_path).pid == os.getpid()
 
 
+@pytest.mark.slow
 def test_a_job_that_starts_before_its_launcher_has_written_its_id_waits_for_that(tmp_path):
     process, end = launcher(tmp_path, 1.5)
     began = time.monotonic()
@@ -144,6 +145,7 @@ def try_to_take(directory, go, won):
     time.sleep(1)
 
 
+@pytest.mark.slow
 def test_of_many_launchers_at_once_one_wins(tmp_path):
     context = multiprocessing.get_context("forkserver")
     go, won = context.Event(), context.Queue()

@@ -51,6 +51,7 @@ def test_what_is_there_passes(config, job, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_told_and_no_error(config):
     quick = ["storage.endpoint=http://127.0.0.1:9", "storage.retry_s=1", "storage.stall_s=1", "storage.anonymous=true"]
     (told,) = check(config("evaluate.reference=s3://some-bucket/reference.npz", *quick), "evaluate")

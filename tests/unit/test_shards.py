@@ -176,6 +176,7 @@ def test_one_flipped_bit_is_noticed(index_path):
         SampleReader(read_index(str(index_path)), 0).read_ids(np.array([6, 7]))
 
 
+@pytest.mark.slow
 def test_missing_swapped_and_altered_files_are_noticed(index_path):
     directory = index_path.parent
     rows = directory / "shard-0.rows.npy"

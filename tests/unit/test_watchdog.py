@@ -62,6 +62,7 @@ def ranks(tmp_path):
         yield made
 
 
+@pytest.mark.slow
 def test_progress_is_told_and_stop_reaches_all_also_those_that_come_later(ranks):
     ranks.server.expect("token", 2)
     ranks.start(0)
@@ -79,6 +80,7 @@ def test_progress_is_told_and_stop_reaches_all_also_those_that_come_later(ranks)
     assert [view.gone_at for view in ranks.server.views()] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_gone_at_once_and_a_stopped_one_falls_silent(ranks):
     ranks.server.expect("token", 2)
     ranks.start(0, 1)
@@ -121,6 +123,7 @@ def test_a_rank_that_nobody_answers_ends_itself(ranks):
     assert "in stand_still_here" in text
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_made_anew(ranks):
     ranks.server.expect("token", 1)
     ranks.start(0)
@@ -139,6 +142,7 @@ def test_told_to_die_it_does(ranks):
     assert ranks.processes[0].wait(timeout=30) == HANG_EXIT_CODE
 
 
+@pytest.mark.slow
 def test_strangers_and_ranks_of_an_older_round_are_not_heard(ranks):
     ranks.server.expect("new", 1)
     ranks.start(0, token="old")
