@@ -18,6 +18,9 @@ from torch import Tensor
 
 from uvit_dist.data.journal import Damage, Substitute
 from uvit_dist.data.latents import Provenance
+from uvit_dist.data.plan import Ids
+
+Addresses = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Batch:
 class Rows:
     """Memory for the data (and contexts) of ``count`` samples. pinned: a GPU copies from it by itself.
 
-    columns: (address, bytes of each sample) of the data, and of the contexts where there are any.
+    bases: (columns,) uint64, the addresses of the data, and of the contexts where there are any.
     """
 
     def __init__(self, made: Provenance, count: int, pinned: bool = False) -> None:
@@ -55,7 +58,12 @@ class Rows:
         self._arrays = [_memory((count, *made.shape), made.dtype, pinned)]
         if made.text is not None:
             self._arrays.append(_memory((count, *made.text.shape), made.text.dtype, pinned))
-        self.columns = [(array.ctypes.data, array.nbytes // max(1, count)) for array in self._arrays]
+        self.bases: Addresses = np.array([array.ctypes.data for array in self._arrays], dtype=np.uint64)
+        self._sizes = np.array(made.sizes, dtype=np.uint64)
+
+    def addresses(self, slots: Ids) -> Addresses:
+        """Where the data (and contexts) of the samples in these places lie. slots: (n,). Returns (columns, n)."""
+        return addresses(self.bases, self._sizes, slots)
 
     def tensors(self, pool: RowsPool | None = None) -> tuple[Tensor, Tensor | None]:
         """Data (count, *shape) and contexts (count, L, D) in this memory. It goes back to ``pool`` after their end."""
@@ -81,6 +89,12 @@ def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:
     left[0] -= 1
     if not left[0]:
         pool.give(rows)
+
+
+def addresses(bases: Addresses, sizes: Addresses, slots: Ids) -> Addresses:
+    """Addresses of samples. bases: (columns,) or (n, columns); sizes: (columns,), bytes; slots: (n,). Returns
+    (columns, n)."""
+    return (bases + slots.astype(np.uint64)[:, None] * sizes).T
 
 
 class RowsPool:

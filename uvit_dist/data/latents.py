@@ -9,6 +9,7 @@ and ``KEY.contexts.npy``, their text contexts (captions, length, width).
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -73,6 +74,12 @@ class Provenance:
     text: TextProvenance | None = None
     split: str = "train"
     version: int = VERSION
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of a sample's data, and of one of its contexts where there are any."""
+        stored = [(self.shape, self.dtype)] + ([(self.text.shape, self.text.dtype)] if self.text else [])
+        return tuple(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in stored)
 
     @staticmethod
     def from_dict(record: dict[str, Any], origin: str) -> Provenance:

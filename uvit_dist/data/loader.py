@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from uvit_dist.data.batch import Batch, Rows, RowsPool
+from uvit_dist.data.batch import Addresses, Batch, Rows, RowsPool, addresses
 from uvit_dist.data.journal import Damage, Journal, Substitute, stand_ins
 from uvit_dist.data.plan import Ids, Plan
 from uvit_dist.data.reader import Outcome, Part, SampleReader
@@ -24,17 +24,15 @@ STAND_INS_TRIED = 16
 
 @dataclass
 class _Block:
-    """A block on its way, in the order it is served. planned, ids, labels, steps, slots: (n,) int64.
+    """A block on its way, in the order it is served. planned, ids, labels, steps: (n,) int64.
 
-    ids: planned, with substitutes in place; steps, slots: of each sample, and its place in that batch; failed: place →
-    why the sample could not be read.
+    ids: planned, with substitutes in place; steps: of each sample; failed: place → why the sample could not be read.
     """
 
     planned: Ids
     ids: Ids
     labels: Ids
     steps: Ids
-    slots: Ids
     failed: dict[int, str] = field(default_factory=dict)
     parts: list[Future[None]] = field(default_factory=list)
 
@@ -72,6 +70,7 @@ class ShardLoader:
         self._threads = ThreadPoolExecutor(read_threads, thread_name_prefix="shard-reader") if read_threads else None
         self._ahead = prefetch_blocks if read_threads else 0
         self._blocks: dict[tuple[int, int, int], _Block] = {}
+        self._sizes = np.array(index.provenance.sizes, dtype=np.uint64)
         self._memory, self._rows = RowsPool(index.provenance, pinned), dict[int, Rows]()
         self._next_in_plan = 0
 
@@ -135,13 +134,18 @@ class ShardLoader:
         places = number * plan.block_size + np.arange(len(planned))
         steps = epoch * plan.steps_per_epoch + places // plan.per_lane
         slots = (lane - self._lanes.start) * plan.per_lane + places % plan.per_lane
-        block = _Block(planned, planned.copy(), np.full(len(planned), -1, dtype=np.int64), steps, slots)
+        block = _Block(planned, planned.copy(), np.full(len(planned), -1, dtype=np.int64), steps)
         wanted = steps >= now
         for first, last in self.journal.skipped_steps:
             wanted &= (steps < first) | (steps > last)
         self._divert(block, epoch, wanted)
+        memory = {step: self._rows_of(step) for step in np.unique(steps[wanted]).tolist()}
+        bases = np.zeros((int(steps[-1] - steps[0]) + 1, len(self._sizes)), dtype=np.uint64)
+        for step, rows in memory.items():
+            bases[step - int(steps[0])] = rows.bases
+        to = addresses(bases[steps - steps[0]], self._sizes, slots)
         for group in self._reader.together(block.ids, np.flatnonzero(wanted)):
-            self._submit(block, group, epoch)
+            self._submit(block, group, epoch, self._part_of(block.ids[group], to[:, group], list(memory.values())))
         return block
 
     def _divert(self, block: _Block, epoch: int, wanted: NDArray[np.bool_]) -> None:
@@ -155,27 +159,18 @@ class ShardLoader:
             if int(shards[place]) in out:
                 block.ids[place] = next(self._stand_ins(epoch, int(block.planned[place]), out))
 
-    def _submit(self, block: _Block, group: Ids, epoch: int) -> None:
+    def _submit(self, block: _Block, group: Ids, epoch: int, part: Part) -> None:
         """Read samples of one shard, now or in a thread, each to its place in its batch. group: places in the block."""
-        steps, which = np.unique(block.steps[group], return_inverse=True)
-        part = self._part_of(
-            block.ids[group], [self._rows_of(step) for step in steps.tolist()], which, block.slots[group]
-        )
 
         def read() -> None:
             outcome = self._reader.read(part, epoch)
             block.labels[group] = np.where(outcome.labels >= 0, outcome.labels, block.labels[group])
             block.failed.update({int(group[number]): reason for number, reason in outcome.failed.items()})
 
-        block.parts.append(self._later(read))
-
-    def _later(self, work: Callable[[], None]) -> Future[None]:
-        if self._threads is not None:
-            return self._threads.submit(work)
-        done: Future[None] = Future()
-        work()
-        done.set_result(None)
-        return done
+        if self._threads is None:
+            read()
+        else:
+            block.parts.append(self._threads.submit(read))
 
     # -- a batch ---------------------------------------------------------------------------------------------------
 
@@ -220,7 +215,7 @@ class ShardLoader:
             if slot in failed and shard not in out:
                 damage[Damage(self._names[shard], failed[slot])] = None
             for sample in itertools.islice(self._stand_ins(epoch, int(planned[slot]), out), STAND_INS_TRIED):
-                part = self._part_of(np.array([sample]), [rows], np.array([0]), np.array([slot]))
+                part = self._part_of(np.array([sample]), rows.addresses(np.array([slot])), [rows])
                 outcome: Outcome = self._reader.read(part, epoch)
                 if not outcome.failed:
                     break
@@ -242,6 +237,6 @@ class ShardLoader:
 
         return stand_ins(self.plan.seed, epoch, planned, self._index.provenance.samples, allowed)
 
-    def _part_of(self, ids: Ids, rows: list[Rows], which: Ids, slots: Ids) -> Part:
+    def _part_of(self, ids: Ids, to: Addresses, memory: list[Rows]) -> Part:
         shard = int(self._index.shard_of(ids[:1])[0])
-        return Part(shard, ids - self._index.starts[shard], rows, which, slots)
+        return Part(shard, ids - self._index.starts[shard], to, memory)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from uvit_dist import storage
-from uvit_dist.data.batch import Batch, Rows
+from uvit_dist.data.batch import Addresses, Batch, Rows
 from uvit_dist.data.plan import Ids
 from uvit_dist.data.ranges import SHORT, Ranges, State, read_ranges
 from uvit_dist.data.shards import ShardIndex
@@ -44,15 +44,14 @@ PAUSE_S = {False: 0.002, True: 0.1}
 class Part:
     """Samples of one shard that are read together, and where each goes.
 
-    places: (count,) int64, ascending, of the samples in the shard; which, slots: (count,) int64, the memory in
-    ``rows`` that each goes to, and its place there.
+    places: (count,) int64, ascending, of the samples in the shard; to: (columns, count) uint64, the addresses of the
+    data of each, and of its context where there are any; memory: what these lie in, held until they are written.
     """
 
     shard: int
     places: Ids
-    rows: Sequence[Rows]
-    which: Ids
-    slots: Ids
+    to: Addresses
+    memory: Sequence[Rows]
 
 
 @dataclass
@@ -95,8 +94,7 @@ class SampleReader:
         self._local = threading.local()
         bytes_each = index.shards[0].size / max(1, index.shards[0].samples) if index.shards else 1
         self.part_samples = max(1, int(PART_BYTES / max(1.0, bytes_each)))
-        made = index.provenance
-        self._sample_bytes = int(np.prod(made.shape)) * np.dtype(made.dtype).itemsize
+        self._sizes = index.provenance.sizes
 
     def together(self, ids: Ids, places: Ids) -> list[Ids]:
         """``places`` (m,) of ``ids`` (n,), cut into samples of one shard that are read together, in its order.
@@ -120,7 +118,7 @@ class SampleReader:
 
         def read(place: int) -> None:
             shard, places = int(shards[place]), ids[place : place + 1] - self.index.starts[shards[place]]
-            outcome = self.read(Part(shard, places, [rows], np.array([0]), np.array([place])), epoch)
+            outcome = self.read(Part(shard, places, rows.addresses(np.array([place])), [rows]), epoch)
             for reason in outcome.failed.values():
                 raise DataError(f"{self.index.shard_path(shard)}: {reason}. Make or copy this shard again.")
             labels[place] = outcome.labels[0]
@@ -137,7 +135,7 @@ class SampleReader:
         Raises ``UnavailableError`` where a server does not answer.
         """
         outcome = Outcome(np.full(len(part.places), -1, dtype=np.int64))
-        todo = list(range(len(part.places)))
+        todo = np.arange(len(part.places))
         for attempt in range(TRIES):
             if attempt:
                 remote = storage.is_remote(self.index.path)
@@ -146,10 +144,10 @@ class SampleReader:
             outcome.failed = self._try(part, epoch, todo, outcome.labels, fresh=attempt > 0)
             if not outcome.failed:
                 break
-            todo = list(outcome.failed)
+            todo = np.array(list(outcome.failed))
         return outcome
 
-    def _try(self, part: Part, epoch: int, todo: list[int], labels: Ids, fresh: bool) -> dict[int, str]:
+    def _try(self, part: Part, epoch: int, todo: Ids, labels: Ids, fresh: bool) -> dict[int, str]:
         try:
             rows = self._rows(part.shard)[part.places]
             labels[:] = rows["label"]
@@ -157,29 +155,25 @@ class SampleReader:
             if self.index.provenance.text is not None:
                 tables.append(self._draw_captions(part.shard, part.places, epoch))
         except NoSuchFileError:
-            return dict.fromkeys(todo, "its table of samples is missing")
+            return dict.fromkeys(todo.tolist(), "its table of samples is missing")
         except DataError:
-            return dict.fromkeys(todo, "its table of samples is damaged")
-        ranges = self._ranges(part, tables, np.array(todo))
+            return dict.fromkeys(todo.tolist(), "its table of samples is damaged")
+        ranges = self._ranges(part, tables, todo)
         try:
             path = self.index.shard_path(part.shard)
             if not storage.is_remote(path):
                 return self._read_local(path, ranges)
             return self._fetch(path, part, ranges, fresh)
         except NoSuchFileError:
-            return dict.fromkeys(todo, "missing")
+            return dict.fromkeys(todo.tolist(), "missing")
 
-    @staticmethod
-    def _ranges(part: Part, tables: Sequence[NDArray[Any]], todo: Ids) -> Ranges:
+    def _ranges(self, part: Part, tables: Sequence[NDArray[Any]], todo: Ids) -> Ranges:
         """What is to be read of a part's file, in its order. tables: its rows of the index; todo: (n,) of it."""
         columns = []
-        for number, table in enumerate(tables):
-            wanted, slots = table[todo], part.slots[todo]
-            size = part.rows[0].columns[number][1]
-            addresses = np.array([rows.columns[number][0] for rows in part.rows], dtype=np.uint64)
-            to = addresses[part.which[todo]] + slots.astype(np.uint64) * np.uint64(size)
+        for table, to, size in zip(tables, part.to, self._sizes, strict=True):
+            wanted = table[todo]
             sizes = np.full(len(todo), size, dtype=np.int64)
-            columns.append((wanted["offset"].astype(np.int64), sizes, wanted["xxh3"].astype(np.uint64), to, todo))
+            columns.append((wanted["offset"].astype(np.int64), sizes, wanted["xxh3"].astype(np.uint64), to[todo], todo))
         if len(columns) == 1:
             return Ranges(*columns[0])
         ranges = Ranges(*map(np.concatenate, zip(*columns, strict=True)))
@@ -219,12 +213,12 @@ class SampleReader:
         """Begin and end, in bytes, of the part of the shard that always is read together, and its name in the cache."""
         number = int(part.places[0]) // self.part_samples
         first, last = number * self.part_samples, (number + 1) * self.part_samples
-        made, rows = self.index.provenance, self._rows(part.shard)[first:last]
-        spans = [(rows["offset"], self._sample_bytes)]
-        if made.text is not None:
+        rows = self._rows(part.shard)[first:last]
+        spans = [(rows["offset"], self._sizes[0])]
+        if self.index.provenance.text is not None:
             counts = np.concatenate([[0], np.cumsum(self._rows(part.shard)["captions"].astype(np.int64))])
             contexts = self._context_rows(part.shard)[counts[first] : counts[min(last, len(counts) - 1)]]
-            spans.append((contexts["offset"], int(np.prod(made.text.shape)) * np.dtype(made.text.dtype).itemsize))
+            spans.append((contexts["offset"], self._sizes[1]))
         begin = min(int(offsets.min()) for offsets, _ in spans)
         end = max(int(offsets.max()) + size for offsets, size in spans)
         return (begin, end), f"{self.index.shards[part.shard].sha256[:40]}-{PART_BYTES >> 20}-{number}"
@@ -262,7 +256,7 @@ class SampleReader:
         (first,), (drawn,) = self._drawn(shard, np.array([place]), epoch)
         begin = 0  # KEY.json lies between the sample before and the first context
         if place:
-            begin = -(-(int(rows["offset"][place - 1]) + self._sample_bytes) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            begin = -(-(int(rows["offset"][place - 1]) + self._sizes[0]) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         content = storage.read_range(path, begin, int(self._context_rows(shard)["offset"][first]) - begin)
         try:
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:

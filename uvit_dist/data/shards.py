@@ -235,7 +235,12 @@ class ShardIndex:
 
     def shard_path(self, shard: int) -> str:
         """Path or URL of a shard's tar."""
-        return storage.join(storage.parent(self.path), self.shards[shard].name)
+        return self._paths[shard]
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        folder = storage.parent(self.path)
+        return [storage.join(folder, record.name) for record in self.shards]
 
     def rows(self, shard: int) -> NDArray[Any]:
         """ROW of each of a shard's samples, (samples,), checked. Raises ``DataError``."""
