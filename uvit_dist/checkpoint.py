@@ -7,6 +7,7 @@ commit. What a kill leaves behind is a temporary directory, which the next save 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import logging
@@ -248,7 +249,7 @@ def open_on_all(path: Path, ranks: Ranks) -> CheckpointReader:
     """A reader on every rank. A collective call. Raises ``CheckpointError`` on every rank where any has none."""
     reader, problem = None, None
     try:
-        reader = CheckpointReader(path)
+        reader = CheckpointReader(path, (ranks.rank + 0.5) / ranks.world_size)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         problem = f"rank {ranks.rank}: {error}"
     problems = [told for told in dist.gather(problem) if told is not None]
@@ -260,38 +261,50 @@ def open_on_all(path: Path, ranks: Ranks) -> CheckpointReader:
 class CheckpointReader:
     """Reads any range of any tensor of a checkpoint, whatever ranks and ZeRO stage wrote it.
 
-    Raises ``CheckpointError`` where a file cannot be read.
+    Files are opened as they are needed, those first that lie at ``place`` (0 to 1) among all: there a rank finds its
+    own part, or at another number of ranks most of it. If every rank opened every file, the file system would see the
+    square of their number. opened: the names of those. Raises ``CheckpointError`` where a file cannot be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, place: float = 0.0) -> None:
         self.directory = directory
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        names = [item["name"] for item in self.manifest["files"]]
+        places = {name: number for number, name in enumerate(names)}
+        self._unopened = sorted(names, key=lambda name: -abs(places[name] + 0.5 - place * len(names)))
+        self.opened: list[str] = []
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for item in self.manifest["files"]:
-            try:
-                file = safe_open(directory / item["name"], framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{directory}: {item['name']} cannot be read ({error}); use another") from None
-            for key in file.keys():  # noqa: SIM118 - not a dictionary
-                kind, name, start = key.split("/")
-                numel = file.get_slice(key).get_shape()[0]
-                self._pieces[kind, name].append((int(start), numel, file, key))
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece[0])
+        self._open_next()
+
+    def _open_next(self) -> None:
+        name = self._unopened.pop()
+        self.opened.append(name)
+        try:
+            file = safe_open(self.directory / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.directory}: {name} cannot be read ({error}); use another") from None
+        for key in file.keys():  # noqa: SIM118 - not a dictionary
+            kind, tensor, start = key.split("/")
+            numel = file.get_slice(key).get_shape()[0]
+            bisect.insort(self._pieces[kind, tensor], (int(start), numel, file, key), key=lambda piece: piece[0])
 
     def read(self, kind: str, name: str, first: int, numel: int) -> Tensor:
         """``numel`` elements of a flattened tensor from ``first``, fp32. Raises ``CheckpointError`` on a gap."""
-        out, end, place = [], first + numel, first
-        for start, length, file, key in self._pieces[kind, name]:
-            if start <= place < min(start + length, end):
-                stop = min(start + length, end)
-                out.append(file.get_slice(key)[place - start : stop - start])
-                place = stop
-        if place != end:
-            raise CheckpointError(
-                f"{self.directory}: {kind} of {name} lacks elements {place}…{end - 1}; use another checkpoint"
-            )
-        return torch.cat(out)
+        end = first + numel
+        while True:
+            place, out = first, []
+            for start, length, file, key in self._pieces[kind, name]:
+                if start <= place < min(start + length, end):
+                    stop = min(start + length, end)
+                    out.append((file, key, place - start, stop - start))
+                    place = stop
+            if place == end:
+                return torch.cat([file.get_slice(key)[a:b] for file, key, a, b in out])
+            if not self._unopened:
+                raise CheckpointError(
+                    f"{self.directory}: {kind} of {name} lacks elements {place}…{end - 1}; use another checkpoint"
+                )
+            self._open_next()
 
     def full(self, kind: str) -> dict[str, Tensor]:
         """All tensors of a kind ("ema", "master"), by parameter name, in shape. Needs no process group."""

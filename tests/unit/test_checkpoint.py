@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,44 @@ def test_what_is_saved_is_read_in_any_cut(tmp_path):
         assert torch.equal(reader.read("master", "pos_embed", first, numel), flat[first : first + numel])
     with pytest.raises(CheckpointError, match="master of pos_embed lacks elements"):
         reader.read("master", "pos_embed", len(flat) - 1, 2)
+
+
+def saved_by(run_dir, world_size, numel=1000):
+    """A checkpoint of two tensors that lie one after the other in the ranks' files, as ZeRO-1 cuts them."""
+    values = {"a": torch.arange(numel, dtype=torch.float32), "b": -torch.arange(2 * numel, dtype=torch.float32)}
+    directory, flat, records = checkpoint.temporary(run_dir, 5), torch.cat([*values.values()]), []
+    directory.mkdir(parents=True)
+    bounds = [round(rank * len(flat) / world_size) for rank in range(world_size + 1)]
+    for rank, (first, last) in enumerate(pairwise(bounds)):
+        layout = [(f"master/a/{first}", min(last, numel) - first)] if first < numel else []
+        if last > numel:
+            start = max(first, numel)
+            layout.append((f"master/b/{start - numel}", last - start))
+        path = directory / f"rank-{rank:05d}.safetensors"
+        records.append(checkpoint.FileRecord(path.name, *write_flat(path, layout, flat[first:last])))
+    shapes = {name: [len(value)] for name, value in values.items()}
+    return checkpoint.commit(run_dir, {"step": 5, "world_size": world_size, "shapes": shapes}, records), flat
+
+
+@pytest.mark.parametrize(("readers", "most"), [(12, 1), (24, 1), (6, 2), (5, 4), (1, 12)])
+def test_a_rank_opens_only_the_files_that_its_part_is_in(tmp_path, readers, most):
+    """12 ranks have saved: on as many each opens its own file; else those around its place."""
+    path, flat = saved_by(tmp_path, 12)
+    for rank in range(readers):
+        reader = checkpoint.open_on_all(path, Ranks(rank=rank, world_size=readers))
+        first, last = (round(edge * len(flat) / readers) for edge in (rank, rank + 1))
+        got = [reader.read("master", "a", first, min(last, 1000) - first)] if first < 1000 else []
+        if last > 1000:
+            start = max(first, 1000)
+            got.append(reader.read("master", "b", start - 1000, last - start))
+        assert torch.equal(torch.cat(got), flat[first:last])
+        assert len(reader.opened) <= most
+
+
+def test_what_lies_far_from_a_ranks_place_is_found(tmp_path):
+    path, flat = saved_by(tmp_path, 12)
+    reader = checkpoint.CheckpointReader(path, place=0.0)
+    assert torch.equal(reader.full("master")["b"], flat[1000:])
 
 
 def test_the_newest_are_kept(tmp_path):
