@@ -14,6 +14,8 @@
 # make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
 # make bench-gpu [OFFICIAL=DIR]  all that is measured on a GPU, in nine minutes
 # make bench-scaling  projections to 8, 64 and 512 GPUs from what is measured; draws docs/scaling.png
+# make bench-simulation  what grows with the number of ranks, up to 1,024 simulated ones; draws docs/simulation.png
+# make soak-cluster  half an hour of random faults on the rehearsal cluster
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
 PYTHON ?= python3
@@ -21,7 +23,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: docs bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
-  bench-slurm bench-eval bench-scaling
+  bench-slurm bench-eval bench-scaling bench-simulation soak-cluster
 
 env: $(VENV)/.installed
 
@@ -80,6 +82,12 @@ bench-gpu: env
 
 bench-scaling: env
 	$(RUN) -m benchmarks.scaling
+
+bench-simulation: env
+	$(RUN) -m benchmarks.simulation
+
+soak-cluster: env
+	$(RUN) -m benchmarks.soak
 
 bench-slurm: env
 	$(RUN) -m benchmarks.slurm_faults

@@ -156,17 +156,16 @@ class ShardJob:
         """
         state = self.state()
         self.check_bad(state)
-        held = newest_leases(state.names)
-        todo = [unit for unit in self.units[self._start :] + self.units[: self._start] if unit.name not in state.done]
-        for unit in sorted(todo, key=lambda unit: unit.name in held):  # those in other hands last
-            if self.leases.claim(unit.name, state.names):
-                found = self._finished(unit, storage.sizes_in(self.directory))
-                # What an interrupted worker left unmarked with bad images is made again: they may have been mended.
-                pairs = zip(unit.shards, found, strict=True)
-                left = tuple(shard for shard, sidecar in pairs if sidecar is None or sidecar.bad)
-                if left:
-                    return replace(unit, shards=left)
-                self._mark(unit, {}, {})
+        ordered = self.units[self._start :] + self.units[: self._start]
+        todo = {unit.name: unit for unit in ordered if unit.name not in state.done}
+        for name in self.leases.claims(list(todo), state.names):
+            found = self._finished(todo[name], storage.sizes_in(self.directory))
+            # What an interrupted worker left unmarked with bad images is made again: they may have been mended.
+            pairs = zip(todo[name].shards, found, strict=True)
+            left = tuple(shard for shard, sidecar in pairs if sidecar is None or sidecar.bad)
+            if left:
+                return replace(todo[name], shards=left)
+            self._mark(todo[name], {}, {})
         return None
 
     def finish(self, unit: Unit, bad: dict[str, str], facts: dict[str, Any]) -> None:

@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 Result = dict[str, NDArray[Any]]
 T = TypeVar("T")
 POLL_S = 2.0
-"""Most seconds between looks at what is in other hands."""
+"""Most seconds between looks at what is in other hands; the first of them, where they become rarer."""
+WATCHED = 8
+"""Units in other hands that a worker with nothing to do looks after at once. If every idle worker read every lease, the
+file system would see the product of their numbers."""
 
 
 class WorkDirectory:
@@ -72,19 +75,19 @@ class SharedWork(WorkDirectory):
 
     def __init__(self, directory: str, units: Sequence[str], lease_s: float, beside: Sequence[str] = ()) -> None:
         super().__init__(directory, units, beside)
-        self._leases, self._poll_s = Leases(directory, lease_s), min(POLL_S, lease_s / 4)
+        self._leases, self._lease_s, self._waited_s = Leases(directory, lease_s), lease_s, 0.0
         self._start = int(self._leases.us["token"], 16) % max(1, len(units))
 
     def claim(self) -> str | None:
         """A unit to do, now this worker's; none where all are done or in other hands."""
         names = storage.names_in(self.directory)
-        held, missing = newest_leases(names), set(self.missing(names))
+        missing = set(self.missing(names))
         todo = [unit for unit in [*self.units[self._start :], *self.units[: self._start]] if unit in missing]
-        for unit in sorted(todo, key=lambda unit: unit in held):  # those in other hands last
-            if self._leases.claim(unit, names):
-                if not all(storage.exists(self.path(unit, ending)) for ending in self._endings):
-                    return unit
-                self._leases.release(unit)  # done between the listing and the claim
+        for unit in self._leases.claims(todo, names):
+            if not all(storage.exists(self.path(unit, ending)) for ending in self._endings):
+                self._waited_s = 0.0
+                return unit
+            self._leases.release(unit)  # done between the listing and the claim
         return None
 
     def put(self, unit: str, result: Result) -> None:
@@ -93,8 +96,9 @@ class SharedWork(WorkDirectory):
         self._leases.release(unit)
 
     def wait(self) -> None:
-        """Some seconds, before another look at what is in other hands."""
-        time.sleep(self._poll_s)
+        """Some seconds, before another look at what is in other hands: the longer it takes, the more."""
+        self._waited_s = min(max(POLL_S, 1.5 * self._waited_s), self._lease_s / 4)
+        time.sleep(self._waited_s)
 
     def once(self, name: str, found: Callable[[], T | None], make: Callable[[], T]) -> T:
         """What one worker makes for all. found: what was made, if it is there; make: it, durably.
@@ -183,6 +187,7 @@ class Leases:
         self._lease_s, self._beats = lease_s, 0
         self._held: dict[str, tuple[int, dict[str, Any]]] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._watching, self._watched_before, self._watch_until = list[str](), set[str](), 0.0
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, name="leases", daemon=True)
@@ -190,7 +195,34 @@ class Leases:
 
     def claim(self, unit: str, names: Iterable[str]) -> bool:
         """Take a unit that nobody holds, or whose holder is silent or dead. names: the files here, listed just now."""
-        generation = newest_leases(names).get(unit)
+        return self._claim(unit, newest_leases(names).get(unit))
+
+    def claims(self, todo: Sequence[str], names: Iterable[str]) -> Iterator[str]:
+        """Of the units ``todo`` those that can be taken, each taken as it is asked for.
+
+        First what nobody holds, in that order; then what is in other hands, a few units at a time, each looked at for
+        as long as it takes to find its holder silent.
+        """
+        held = newest_leases(names)
+        for unit in [*(unit for unit in todo if unit not in held), *self._watched([u for u in todo if u in held])]:
+            if self._claim(unit, held.get(unit)):
+                yield unit
+
+    def _watched(self, others: list[str]) -> list[str]:
+        """The units in other hands that are looked at now; others when these have had their time."""
+        now = time.monotonic()
+        if now > self._watch_until:
+            self._watching, self._watch_until = [], now + 1.5 * self._lease_s
+        self._watching = [unit for unit in self._watching if unit in others]
+        fresh = [unit for unit in others if unit not in self._watched_before]
+        if not fresh and not self._watching:
+            self._watched_before, fresh = set(), others
+        more = fresh[: WATCHED - len(self._watching)]
+        self._watching += more
+        self._watched_before.update(more)
+        return self._watching
+
+    def _claim(self, unit: str, generation: int | None) -> bool:
         if unit in self._held or (generation is not None and not self._is_silent(unit, generation)):
             return False
         generation = 0 if generation is None else generation + 1

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -220,3 +221,30 @@ def test_what_is_made_of_all_is_made_once_and_by_another_if_its_maker_fails(shar
         got = list(pool.map(ask, workers))
     assert sorted(got) == ["failed", *["made"] * 5]
     assert len(made) == 2
+
+
+def test_a_worker_with_nothing_to_do_looks_after_a_few_units_at_a_time_and_finds_the_dead_one(
+    workers, clock, directory
+):
+    units = [f"unit-{number:02d}" for number in range(3 * work.WATCHED)]
+    holder, dead, idle = workers(), workers(), workers()
+    assert list(holder.claims(units[:-1], [])) == units[:-1]
+    assert list(dead.claims(units[-1:], [])) == units[-1:]
+    read = Counter()
+
+    def look():
+        before = idle._is_silent
+        idle._is_silent = lambda unit, generation: read.update([unit]) or before(unit, generation)
+        taken = list(idle.claims(units, names(directory)))
+        idle._is_silent = before
+        return taken
+
+    for _ in range(40):
+        read.clear()
+        taken = look()
+        assert len(read) <= work.WATCHED
+        if taken:
+            break
+        holder.show_life()
+        clock.now += LEASE_S / 4
+    assert taken == units[-1:], "its holder showed no life, all others did"
