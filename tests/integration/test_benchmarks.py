@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks import simulation
 from tests.tiny import ROOT
 
 pytestmark = pytest.mark.slow
@@ -30,3 +31,19 @@ def test_without_a_gpu_full_size_is_refused_with_what_to_do():
     done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--tiny" in done.stderr
+
+
+def test_the_simulation_of_many_ranks_comes_out_right_at_a_few(tmp_path, monkeypatch):
+    """What it counts follows the number of ranks as docs/large_clusters.md says."""
+    monkeypatch.setattr(simulation, "REPEATS", 2)
+    chosen = ["--ranks", "4", "16", "--out", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
+    assert simulation.main(chosen) == 0
+    record = json.loads((tmp_path / "simulation.json").read_text())
+    assert record["right"]
+    for row in record["rows"]:
+        count = row["ranks"]
+        assert row["plan"]["requests_of_an_epoch"] == record["rows"][0]["plan"]["requests_of_an_epoch"]
+        assert count <= row["checkpoints"]["files"] <= count + 1
+        assert row["checkpoints"]["opened_by_a_rank_of_half"] <= 2
+        assert row["evaluation"]["units"] == simulation.UNITS_EACH * count
+    assert simulation.main(["--ranks", "7"]) == 2
