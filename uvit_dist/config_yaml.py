@@ -44,8 +44,9 @@ def described(error: Any, root: type[BaseModel] = Config) -> list[str]:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(error["loc"][-1]), _key_names(root, error["loc"]), n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])}?" if near else ""
-        return [f"{key}: no such key{hint}"]
+        nearest = ".".join([*map(str, error["loc"][:-1]), *near])
+        hint = f"did you mean {nearest}?" if near else "docs/configuration.md has those there are"
+        return [f"{key}: no such key; {hint}"]
     if error["type"] == "missing":
         return [f"{key}: missing; give it a value"]
     if error["type"] == "value_error":  # one of our own rules, perhaps several
@@ -81,6 +82,9 @@ def _valid_sections(tree: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+QUOTE = "correct it; a text with ': ', ' #', brackets or braces in it must be in quotes"
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """YAML of plain values. Raises ``ConfigError``, which names the origin and the line."""
     try:
@@ -88,9 +92,9 @@ def parse_yaml(text: str, origin: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{origin}{where}: not valid YAML: {error.problem}") from None
+        raise ConfigError(f"{origin}{where}: not valid YAML: {error.problem}; {QUOTE}") from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin}: not valid YAML: {error}") from None
+        raise ConfigError(f"{origin}: not valid YAML: {error}; {QUOTE}") from None
 
 
 def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
                 branch[parent] = {}
             branch = branch[parent]
             if not isinstance(branch, dict):
-                raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+                raise ConfigError(f"override {override!r}: {parent} is a value, not a section; write section.key=value")
         branch[last] = parse_yaml(value, f"override {override!r}")
     return tree
 
@@ -151,7 +155,9 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{named}: cannot be read ({error}); give the path of a YAML file") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of sections")
+        raise ConfigError(
+            f"{path}: holds {type(tree).__name__}, not a mapping of sections; write it as those in configs/ are"
+        )
     if "base" not in tree:
         return tree
     base = path.parent / str(tree.pop("base"))

@@ -71,7 +71,11 @@ def _check_index(config: Config, key: str, path: str) -> None:
     index = read_index(path, key, HELD_OUT_REMEDY) if key == "validation.index" else read_index(path, key)
     wrong = contradictions(config, index.provenance)
     if wrong:
-        raise DataError(f"{key} {path} does not hold what the configuration describes:\n  " + "\n  ".join(wrong))
+        raise DataError(
+            f"{key} {path} does not hold what the configuration describes:\n  "
+            + "\n  ".join(wrong)
+            + "\nCorrect the configuration, or make the shards again with the commands in docs/shards.md."
+        )
 
 
 def _require_writable(run_dir: str) -> None:

@@ -26,6 +26,7 @@ PART = 8 << 20
 """Bytes of one ranged request of a stream."""
 UPLOADED_AT_ONCE = 16 << 20
 """Bytes of a part of an upload to S3; four are in memory."""
+ROOM = "make room, mend the permissions, or use another place"
 
 
 def is_remote(path: str) -> bool:
@@ -227,7 +228,7 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {ROOM}") from error
 
 
 def upload(local: str, path: str) -> None:
@@ -309,7 +310,7 @@ def create(path: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {ROOM}") from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -393,4 +394,6 @@ def _explained(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise NoSuchFileError(f"{path}: no such file; make it or correct the path") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise MissingInputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise MissingInputError(
+            f"{path}: cannot be read ({error.strerror}); mend its permissions, or correct the path"
+        ) from None
