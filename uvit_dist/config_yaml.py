@@ -116,20 +116,20 @@ def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 INSTALLED = {"configs": "configs", "slurm": "profiles"}
-"""Where the package has these folders of the checkout, when it is installed."""
+"""Where the package has these folders of the checkout, when it is installed; data_tools is beside it in both."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides (values are YAML), check everything.
 
     A file may name another as its ``base``, by a path relative to its own, and then holds only what differs. Those of
-    ``configs/`` are found from everywhere: ``uvit_h_imagenet512`` or ``configs/uvit_h_imagenet512.yaml``.
+    ``configs/`` are found from everywhere, as a base too: ``uvit_h_imagenet512``, ``configs/uvit_h_imagenet512.yaml``.
     Raises ``ConfigError`` (exit code 78) with every mistake and its full key.
     """
     return parse_config(changed(_read(shipped(path, "configs"), ()), overrides), str(path))
 
 
-def shipped(path: str | Path, folder: Literal["configs", "slurm"]) -> Path:
+def shipped(path: str | Path, folder: Literal["configs", "slurm", "data_tools"]) -> Path:
     """The file of a path; where there is none, the one of that name that came with the package, if there is one.
 
     Only a bare name, and one below ``folder``, may mean such a file; ``.yaml`` can be left out.
@@ -141,7 +141,7 @@ def shipped(path: str | Path, folder: Literal["configs", "slurm"]) -> Path:
     if len(parts) != 1 and path.parts[:1] != (folder,):
         return path
     name, package = Path(*parts) if parts else path, Path(__file__).absolute().parent
-    homes = (package / INSTALLED[folder], package.parent / folder)
+    homes = (package / INSTALLED.get(folder, folder), package.parent / folder)
     found = (home / other for home in homes for other in (name, name.with_name(f"{name.name}.yaml")))
     return next((other for other in found if other.is_file()), path)
 
@@ -160,7 +160,10 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         )
     if "base" not in tree:
         return tree
-    base = path.parent / str(tree.pop("base"))
+    name = str(tree.pop("base"))
+    base = path.parent / name
+    if not base.exists() and shipped(name, "configs").is_file():
+        base = shipped(name, "configs")
     if base.resolve() in {reader.resolve() for reader in (*readers, path)}:
         raise ConfigError(f"base {base} of {path}: is based on itself; name another file")
     return _merged(_read(base, (*readers, path)), tree)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uvit_dist import storage
 from uvit_dist.config import Config
+from uvit_dist.config_yaml import shipped
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def inputs(config: Config, job: str) -> list[tuple[str, str]]:
 
 def _require_there(key: str, path: str) -> None:
     if not storage.is_remote(path):
-        if not Path(path).exists():
+        if not shipped(path, "data_tools").exists():
             raise MissingInputError(f"{key} {path}: not there; nothing was submitted. Make it, or correct the path")
     elif key != "data.source":  # a prefix, which only a listing can tell
         storage.size(path)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from uvit_dist.config_yaml import shipped
 from uvit_dist.errors import DataError, MissingInputError, NoSuchFileError, OutputError
 from uvit_dist.storage import remote
 from uvit_dist.storage.part_cache import cache
@@ -334,13 +335,13 @@ def remove_tree(directory: str | Path) -> None:
 def local_weights(path: str, sha256: str | None, key: str, remedy: str) -> str:
     """The local path of a file (or folder) of weights, its hash checked where one is given.
 
-    path: local, or a URL, which must come with its hash and is kept in a cache (UVIT_DIST_CACHE, or
-    ~/.cache/uvit_dist) under that hash. key: of the configuration, that names it; its hash is at key + "_sha256".
+    path: local (the demo's is found from everywhere), or a URL, which must come with its hash and is kept under it in
+    UVIT_DIST_CACHE, or ~/.cache/uvit_dist. key: of the configuration, that names it; its hash is at key + "_sha256".
     remedy: what to do where there is no such file. Raises ``MissingInputError``, ``DataError`` where the hash differs.
     """
     if is_remote(path):
         return _fetched(path, sha256, key)
-    if not os.path.exists(path):
+    if not os.path.exists(path := str(shipped(path, "data_tools"))):
         raise MissingInputError(f"{key} {path}: no such file or folder; {remedy}")
     if sha256 is not None:
         if os.path.isdir(path):
