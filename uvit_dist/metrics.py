@@ -146,7 +146,8 @@ class _WandbRun:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
         patience = wandb.Settings(init_timeout=START_S, login_timeout=START_S, finish_timeout=FINISH_S)
-        options = {"id": id_file.read_text(), "resume": "allow", "dir": self._run_dir, "config": config}
+        options: dict[str, Any] = {"id": id_file.read_text(), "resume": "allow", "dir": self._run_dir}
+        options["config"] = json.loads(storage.without_secrets(json.dumps(config)))
         try:
             self._run = wandb.init(**options, project="uvit_dist", settings=patience)
         except Exception as error:  # noqa: BLE001 - no key, no network, a server that refuses: all are W&B's own

@@ -61,7 +61,7 @@ def with_wandb(run_dir, **environment):
     code = (
         "import logging, sys; logging.basicConfig()\n"
         "from uvit_dist import metrics; metrics.START_S = 3.0\n"
-        f"m = metrics.MetricsLog({str(run_dir)!r}, {{'a': 1}}); m.write({RECORD!r}); m.close()"
+        f"m = metrics.MetricsLog({str(run_dir)!r}, {{'a': 'https://a.b/c?sig=5ecre7'}}); m.write({RECORD!r}); m.close()"
     )
     home = {"HOME": str(run_dir), "WANDB_SILENT": "true"}
     given = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | home | environment
@@ -92,6 +92,10 @@ def test_where_wandb_itself_cannot_be_reached_it_goes_on_offline_and_keeps_its_i
     assert len(kept) == 2
     assert all(folder.name.endswith(f"-{identity}") and list(folder.glob("*.wandb")) for folder in kept)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    for folder in kept:
+        (data,) = folder.glob("*.wandb")
+        assert b"https://a.b/c" in data.read_bytes()
+        assert b"5ecre7" not in data.read_bytes(), "no signature of a URL"
 
 
 @pytest.mark.slow
