@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -45,7 +46,9 @@ def explained(error: BaseException) -> str | None:
         return None
     wrong = _outside_their_ranges()
     if wrong:
-        return f"the installed packages are not those that are needed ({told}):{wrong}"
+        place = traceback.extract_tb(error.__traceback__)[-1:]
+        where = "".join(f", at {frame.filename}:{frame.lineno}" for frame in place)
+        return f"the installed packages are not those that are needed ({told}{where}):{wrong}"
     if TORCHVISION not in told:
         return None
     torch, torchvision = (_version(name) for name in ("torch", "torchvision"))

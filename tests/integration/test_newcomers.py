@@ -4,6 +4,7 @@ Data that are damaged or contradict each other in rarer ways are in test_mistake
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -161,6 +162,7 @@ def test_an_old_torch_is_told_where_a_command_cannot_even_be_imported(tmp_path):
     path = other_versions(tmp_path, torch="1.13.1")
     (tmp_path / "torch.py").write_text("Tensor = object\n")
     message = told("uvit_dist.sample", "--checkpoint", "none", "--grid", "a.png", code=78, PYTHONPATH=path)
+    assert re.search(r"\(\w+Error: .*, at /.*\.py:\d+\)", message), "for a fault that has another cause"
     assert "torch 1.13.1; needed: >=2.11: pip install 'torch>=2.11'" in message
 
 
