@@ -85,7 +85,8 @@ def _moments(raw: RawSample, shape: tuple[int, ...], dtype: str) -> tuple[int, N
     if len(arrays) != 1:
         have = ", ".join(raw.members)
         raise DataError(
-            f"members {have}; a sample has one .npy or .npz of moments: half a sample, or a key used twice?"
+            f"members {have}; a sample has one .npy or .npz of moments: half a sample, or a key used twice: "
+            "make this tar again"
         )
     offset, data = raw.members[arrays[0]]
     try:

@@ -38,7 +38,7 @@ def measure(index: ShardIndex, samples: int | None, seed: int) -> dict[str, Any]
             f"--index {index.path}: holds {made.kind}; only latents have a scale factor: give one of moments"
         )
     if seed < 0:
-        raise ConfigError(f"--seed {seed}: must be 0 or more")
+        raise ConfigError(f"--seed {seed}: must be 0 or more; give another")
     if samples is not None and not 0 < samples <= total:
         raise ConfigError(f"--samples {samples}: {index.path} holds {total}; give 1…{total}, or leave it out for all")
     chosen = np.argsort(np.random.Philox(key=seed).random_raw(total), kind="stable")[:samples]

@@ -146,7 +146,7 @@ def open_encoder(config: Config, device: torch.device) -> Autoencoder:
     if config.data.image_size % autoencoder.factor:
         raise ConfigError(
             f"data.image_size {config.data.image_size} must be divisible by the autoencoder's factor "
-            f"{autoencoder.factor}"
+            f"{autoencoder.factor}; set it to a multiple"
         )
     return autoencoder
 

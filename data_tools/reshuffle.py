@@ -173,7 +173,7 @@ def reshuffle(
             f"DST {destination}: lies beside SRC {index.path}, whose shards it would replace; give another"
         )
     if seed < 0:
-        raise ConfigError(f"--seed {seed}: must be 0 or more")
+        raise ConfigError(f"--seed {seed}: must be 0 or more; give another")
     claim_directory(destination)
     if storage.exists(destination):
         raise OutputError(f"DST {destination}: is there already; delete that set, or give another directory")

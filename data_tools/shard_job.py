@@ -144,7 +144,10 @@ def tool_of(config: Config) -> str:
     """The command that makes a configuration's shards from images. Raises ``ConfigError`` where there is none."""
     space, text = config.data.space, config.model.clip_dim is not None
     if space == "pixels" and text:
-        raise ConfigError(f"data.space pixels with model.clip_dim {config.model.clip_dim}: text systems are of latents")
+        raise ConfigError(
+            f"data.space pixels with model.clip_dim {config.model.clip_dim}: text systems are of latents; "
+            "set data.space latents, or drop model.clip_dim and text"
+        )
     return "pack_images" if space == "pixels" else "precompute_text" if text else "precompute_latents"
 
 

@@ -111,7 +111,8 @@ def folder_source(data: DataConfig, reader: FileReader) -> FileSource:
     if len(empty) == len(images):
         if not loose:
             raise MissingInputError(
-                f"data.source {root}: no images ({', '.join(SUFFIXES)}) in it or in folders of classes right below it"
+                f"data.source {root}: no images ({', '.join(SUFFIXES)}) in it or in folders of classes right below it; "
+                "give the folder that has them"
             )
         return FileSource(root, reader, loose, [-1] * len(loose), 0, sizes=_sizes_of(loose, sizes))
     if loose or empty:
@@ -259,8 +260,8 @@ def _require_files(root: str, names: Sequence[str], key: str, wanted: str) -> li
         missing = [name for name in names if os.path.basename(name) not in listed[os.path.dirname(name)]]
     if missing:
         raise MissingInputError(
-            f"{key} {root}: {len(missing)} of {len(names)} files are missing (the first: {missing[0]}); it must hold "
-            f"{wanted}"
+            f"{key} {root}: {len(missing)} of {len(names)} files are missing (the first: {missing[0]}); give the "
+            f"folder that holds {wanted}"
         )
     return [sizes[name] for name in names] if sizes else None
 

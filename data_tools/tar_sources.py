@@ -205,7 +205,10 @@ def webdataset_source(data: DataConfig, reader: FileReader, scan_dir: str | None
                 captions.append(texts)
     if len(unusable) == len(keys):
         why = f"of {len(keys)} samples none can be used (the first: {unusable[0]})" if keys else "no samples"
-        raise DataError(f"data.source {root}: {why} in {len(tars)} tars; it needs KEY.{', KEY.'.join(IMAGE_SUFFIXES)}")
+        raise DataError(
+            f"data.source {root}: {why} in {len(tars)} tars; it needs KEY.{', KEY.'.join(IMAGE_SUFFIXES)}: "
+            "give a folder of such tars, or make these again"
+        )
     name, classes = root.rsplit("/", 1)[-1], max(labels) + 1
     return TarSource(name, reader, extents, tables, keys, labels, classes, captions if captioned else None, unusable)
 

@@ -88,7 +88,7 @@ class Window:
             try:
                 self._file = os.open(path, os.O_RDONLY)
             except OSError as error:
-                raise MissingInputError(f"{path}: cannot be read ({error.strerror})") from None
+                raise MissingInputError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         return self
 

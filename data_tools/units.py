@@ -122,7 +122,9 @@ class ShardJob:
     ) -> None:
         wrong = contradictions(config, provenance)
         if wrong:
-            raise ConfigError("these shards would not fit the network:\n  " + "\n  ".join(wrong))
+            raise ConfigError(
+                "these shards would not fit the network:\n  " + "\n  ".join(wrong) + "\nCorrect the configuration."
+            )
         assert provenance.samples == len(keys) * (1 + provenance.mirror)
         data = config.data
         self.index, self.directory = data.index, storage.parent(data.index)

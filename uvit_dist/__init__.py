@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +12,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["UViT", "UViTPipeline", "__version__"]
+
+if sys.argv and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]).startswith("uvit-")):  # a command, not a program
+    from uvit_dist import misfits
+
+    misfits.explain_uncaught()
 
 
 def __getattr__(name: str) -> Any:

@@ -116,7 +116,9 @@ def commit(run_dir: str | Path, manifest: dict[str, Any], records: Sequence[File
         faults.point("save:renamed")
         storage.fsync_directory(final.parent)
     except OSError as error:
-        raise OutputError(f"{final}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(
+            f"{final}: cannot be written ({error.strerror or error}); make room, or use another run_dir"
+        ) from error
     faults.point("save:committed")
     return final
 

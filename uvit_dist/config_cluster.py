@@ -163,7 +163,9 @@ def read_profile(path: str | Path | None) -> ClusterProfile:
         ) from None
     tree = parse_yaml(text, str(path))
     if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"launch.cluster {path}: holds {type(tree).__name__}, not a mapping")
+        raise ConfigError(
+            f"launch.cluster {path}: holds {type(tree).__name__}, not a mapping; write it as the profiles in slurm/ are"
+        )
     try:
         return ClusterProfile.model_validate(_with_tuples(tree or {}))
     except ValidationError as error:

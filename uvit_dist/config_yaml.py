@@ -44,8 +44,9 @@ def described(error: Any, root: type[BaseModel] = Config) -> list[str]:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(error["loc"][-1]), _key_names(root, error["loc"]), n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])}?" if near else ""
-        return [f"{key}: no such key{hint}"]
+        nearest = ".".join([*map(str, error["loc"][:-1]), *near])
+        hint = f"did you mean {nearest}?" if near else "docs/configuration.md has those there are"
+        return [f"{key}: no such key; {hint}"]
     if error["type"] == "missing":
         return [f"{key}: missing; give it a value"]
     if error["type"] == "value_error":  # one of our own rules, perhaps several
@@ -81,6 +82,9 @@ def _valid_sections(tree: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+QUOTE = "correct it; a text with ': ', ' #', brackets or braces in it must be in quotes"
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """YAML of plain values. Raises ``ConfigError``, which names the origin and the line."""
     try:
@@ -88,9 +92,9 @@ def parse_yaml(text: str, origin: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{origin}{where}: not valid YAML: {error.problem}") from None
+        raise ConfigError(f"{origin}{where}: not valid YAML: {error.problem}; {QUOTE}") from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin}: not valid YAML: {error}") from None
+        raise ConfigError(f"{origin}: not valid YAML: {error}; {QUOTE}") from None
 
 
 def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -106,26 +110,26 @@ def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
                 branch[parent] = {}
             branch = branch[parent]
             if not isinstance(branch, dict):
-                raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+                raise ConfigError(f"override {override!r}: {parent} is a value, not a section; write section.key=value")
         branch[last] = parse_yaml(value, f"override {override!r}")
     return tree
 
 
 INSTALLED = {"configs": "configs", "slurm": "profiles"}
-"""Where the package has these folders of the checkout, when it is installed."""
+"""Where the package has these folders of the checkout, when it is installed; data_tools is beside it in both."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides (values are YAML), check everything.
 
     A file may name another as its ``base``, by a path relative to its own, and then holds only what differs. Those of
-    ``configs/`` are found from everywhere: ``uvit_h_imagenet512`` or ``configs/uvit_h_imagenet512.yaml``.
+    ``configs/`` are found from everywhere, as a base too: ``uvit_h_imagenet512``, ``configs/uvit_h_imagenet512.yaml``.
     Raises ``ConfigError`` (exit code 78) with every mistake and its full key.
     """
     return parse_config(changed(_read(shipped(path, "configs"), ()), overrides), str(path))
 
 
-def shipped(path: str | Path, folder: Literal["configs", "slurm"]) -> Path:
+def shipped(path: str | Path, folder: Literal["configs", "slurm", "data_tools"]) -> Path:
     """The file of a path; where there is none, the one of that name that came with the package, if there is one.
 
     Only a bare name, and one below ``folder``, may mean such a file; ``.yaml`` can be left out.
@@ -137,7 +141,7 @@ def shipped(path: str | Path, folder: Literal["configs", "slurm"]) -> Path:
     if len(parts) != 1 and path.parts[:1] != (folder,):
         return path
     name, package = Path(*parts) if parts else path, Path(__file__).absolute().parent
-    homes = (package / INSTALLED[folder], package.parent / folder)
+    homes = (package / INSTALLED.get(folder, folder), package.parent / folder)
     found = (home / other for home in homes for other in (name, name.with_name(f"{name.name}.yaml")))
     return next((other for other in found if other.is_file()), path)
 
@@ -151,10 +155,15 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{named}: cannot be read ({error}); give the path of a YAML file") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of sections")
+        raise ConfigError(
+            f"{path}: holds {type(tree).__name__}, not a mapping of sections; write it as those in configs/ are"
+        )
     if "base" not in tree:
         return tree
-    base = path.parent / str(tree.pop("base"))
+    name = str(tree.pop("base"))
+    base = path.parent / name
+    if not base.exists() and shipped(name, "configs").is_file():
+        base = shipped(name, "configs")
     if base.resolve() in {reader.resolve() for reader in (*readers, path)}:
         raise ConfigError(f"base {base} of {path}: is based on itself; name another file")
     return _merged(_read(base, (*readers, path)), tree)

@@ -75,7 +75,7 @@ def from_official(source: Path, config: Config, out: Path | None) -> str:
     """
     if out is not None:
         if out.suffix != ".safetensors":
-            raise UserError(f"--out {out}: must end in .safetensors")
+            raise UserError(f"--out {out}: must end in .safetensors; give it such a name")
         _check_new(out)
         step = import_weights(source, config, out)
         return f"{out}: EMA weights of step {step}"
@@ -96,7 +96,9 @@ def to_official(source: Path, out: Path, kind: Kind | None) -> str:
         step = export_state_dict(source, out, kind or "ema")
         return f"{out}: {kind or 'ema'} weights of step {step}"
     if out.suffix != ".ckpt":
-        raise UserError(f"--out {out}: must end in .pth (weights alone) or .ckpt (the whole state)")
+        raise UserError(
+            f"--out {out}: must end in .pth (weights alone) or .ckpt (the whole state); give it such a name"
+        )
     if kind is not None:
         raise UserError(f"--kind {kind}: a .ckpt directory holds both; leave --kind out")
     step = export_checkpoint(source, out)
@@ -125,7 +127,7 @@ def read_plain(path: Path) -> Any:
     except Exception as error:  # noqa: BLE001 - a damaged pickle can fail in any way
         raise DataError(
             f"{path}: damaged, or holds more than tensors and plain values ({type(error).__name__}); "
-            "only files that the official code saved, or that are released with it, can be converted"
+            "only files that the official code saved, or that are released with it, can be converted: download it again"
         ) from None
 
 

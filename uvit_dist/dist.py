@@ -60,7 +60,9 @@ def ranks_from_environment() -> Ranks:
     try:
         return Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     except ValueError as error:
-        raise ConfigError(f"environment: RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error})") from None
+        raise ConfigError(
+            f"environment: RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}); correct or unset them"
+        ) from None
 
 
 def meet(ranks: Ranks, name: str, limit_s: float) -> tuple[Any, list[str | None]]:

@@ -362,7 +362,7 @@ class Engine:
             problem = f"rank {self.ranks.rank}: {error}"
         problems = [told for told in dist.gather(problem) if told is not None]
         if problems:
-            raise CheckpointError("the state cannot be loaded: " + "; ".join(problems))
+            raise CheckpointError("the state cannot be loaded: " + "; ".join(problems) + "; use another checkpoint")
         for key in self._stepped():
             self._base.state[key]["step"].fill_(float(step))
         self.step = step

@@ -78,7 +78,10 @@ def _choose(run_dir: str | Path, step: int | None, verify: str) -> Path:
     chosen = parent / f"step-{step:08d}"
     if not chosen.is_dir():
         held = [str(int(path.name.split("-")[1])) for path in sorted(parent.glob("step-*"))]
-        raise MissingInputError(f"{run_dir}: holds no checkpoint of step {step}; it has {', '.join(held) or 'none'}")
+        raise MissingInputError(
+            f"{run_dir}: holds no checkpoint of step {step}; it has {', '.join(held) or 'none'}: give one of these, or "
+            "leave --step out"
+        )
     return find_checkpoint(chosen, verify)
 
 

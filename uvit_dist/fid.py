@@ -134,7 +134,7 @@ def frechet_distance(mu1: Matrix, sigma1: Matrix, mu2: Matrix, sigma2: Matrix) -
     if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
         raise DataError(
             f"means and covariances of shapes {shapes}: expected (D,), (D, D) twice with one D; "
-            "both sides must come from the same feature network"
+            "extract both with the same feature network"
         )
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise NumericalError("feature moments are not finite: no distance; look for NaN among the images")

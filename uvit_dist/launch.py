@@ -71,7 +71,7 @@ def main() -> None:
             code = 0
         elif config.launch.target == "local":
             if args.array is not None or args.then:
-                raise ConfigError("--array and --then submit SLURM jobs: they need launch.target slurm")
+                raise ConfigError("--array and --then submit SLURM jobs: add launch.target=slurm, or leave them out")
             code = _run_here(config, args.job)
         else:
             code = _submit(config, args)

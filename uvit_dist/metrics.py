@@ -22,6 +22,8 @@ from uvit_dist.score_log import append_line, path_of
 if TYPE_CHECKING:  # the worker asks for a log's path before torch is there
     from uvit_dist.dist import Ranks
 
+START_S, FINISH_S = 30.0, 120.0
+"""Seconds for which W&B may hold a job up, as it starts and as it ends. What it could not send then is on the disk."""
 log = logging.getLogger(__name__)
 
 
@@ -88,7 +90,8 @@ class JsonLines:
 class MetricsLog:
     """Appends records to ``metrics.jsonl`` and, if WANDB_API_KEY or WANDB_MODE is set, to W&B.
 
-    W&B never stops training: whatever it raises is logged once, and it is left alone from then on.
+    W&B never stops training: where it cannot be reached, it goes on offline. Whatever it raises later is logged once,
+    and it is left alone from then on.
     """
 
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
@@ -142,9 +145,18 @@ class _WandbRun:
         id_file = Path(self._run_dir, "wandb_id")
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(
-            id=id_file.read_text(), resume="allow", dir=self._run_dir, config=config, project="uvit_dist"
-        )
+        patience = wandb.Settings(init_timeout=START_S, login_timeout=START_S, finish_timeout=FINISH_S)
+        options: dict[str, Any] = {"id": id_file.read_text(), "resume": "allow", "dir": self._run_dir}
+        options["config"] = json.loads(storage.without_secrets(json.dumps(config)))
+        try:
+            self._run = wandb.init(**options, project="uvit_dist", settings=patience)
+        except Exception as error:  # noqa: BLE001 - no key, no network, a server that refuses: all are W&B's own
+            wandb.teardown()  # its service holds the id of the run that did not start
+            self._run = wandb.init(**options, project="uvit_dist", mode="offline")
+            log.warning(
+                "W&B does not answer (%s): what it is to have is kept; send it later: wandb sync %s",
+                " ".join(str(error).split()), Path(self._run_dir, "wandb", "offline-run-*"),
+            )  # fmt: skip
 
     def log(self, record: dict[str, Any]) -> None:
         """Send metrics of a step, and what scores there are."""

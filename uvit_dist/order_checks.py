@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uvit_dist import storage
 from uvit_dist.config import Config
+from uvit_dist.config_yaml import shipped
 from uvit_dist.errors import DataError, MissingInputError, OutputError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def inputs(config: Config, job: str) -> list[tuple[str, str]]:
 
 def _require_there(key: str, path: str) -> None:
     if not storage.is_remote(path):
-        if not Path(path).exists():
+        if not shipped(path, "data_tools").exists():
             raise MissingInputError(f"{key} {path}: not there; nothing was submitted. Make it, or correct the path")
     elif key != "data.source":  # a prefix, which only a listing can tell
         storage.size(path)
@@ -71,7 +72,11 @@ def _check_index(config: Config, key: str, path: str) -> None:
     index = read_index(path, key, HELD_OUT_REMEDY) if key == "validation.index" else read_index(path, key)
     wrong = contradictions(config, index.provenance)
     if wrong:
-        raise DataError(f"{key} {path} does not hold what the configuration describes:\n  " + "\n  ".join(wrong))
+        raise DataError(
+            f"{key} {path} does not hold what the configuration describes:\n  "
+            + "\n  ".join(wrong)
+            + "\nCorrect the configuration, or make the shards again with the commands in docs/shards.md."
+        )
 
 
 def _require_writable(run_dir: str) -> None:

@@ -117,7 +117,7 @@ class UViTPipeline:
         last bits also of the size. Raises ``ConfigError``.
         """
         if count < 1 or batch_size < 1:
-            raise ConfigError(f"count {count}, batch_size {batch_size}: must be at least 1")
+            raise ConfigError(f"count {count}, batch_size {batch_size}: must be at least 1; give more")
         rows = self._conditions(labels, prompts)
         sampler = Sampler(self._changed(sample), self.net, self.decoder, self._empty)
         names = list(rows)
@@ -153,7 +153,7 @@ class UViTPipeline:
         if model.clip_dim is not None:
             return {"context": self._contexts(labels, prompts)}
         if prompts:
-            what = "; give labels" if model.num_classes > 0 else ""
+            what = "; give labels" if model.num_classes > 0 else "; give the count alone"
             raise ConfigError(f"prompts: this system knows no texts{what}")
         if model.num_classes <= 0:
             if labels is not None:
@@ -163,7 +163,7 @@ class UViTPipeline:
         if labels is None or not len(labels):
             raise ConfigError(f"labels: missing; say which classes, from 0 to {last}: 0,{last}")
         if not all(0 <= label <= last for label in labels):
-            raise ConfigError(f"labels {list(labels)}: must be numbers from 0 to {last}")
+            raise ConfigError(f"labels {list(labels)}: must be numbers from 0 to {last}; give others")
         return {"y": torch.tensor(list(labels))}
 
     def _contexts(self, labels: Sequence[int] | int | None, prompts: Sequence[str] | str) -> Tensor:

@@ -25,7 +25,7 @@ def labels_of(text: str | None) -> list[int] | None:
     try:
         return None if text is None else [int(label) for label in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--labels {text}: must be numbers with commas between: --labels 0,1") from None
+        raise ConfigError(f"--labels {text}: give numbers with commas between: --labels 0,1") from None
 
 
 def main() -> None:

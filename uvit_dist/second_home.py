@@ -55,7 +55,10 @@ def copy_out(directory: Path, home: str) -> None:
     What an interrupted copy left is overwritten; so is another checkpoint of this step. Raises ``CheckpointError``
     where the checkpoint is damaged here, ``NoSuchFileError`` where it is gone, ``OutputError``, ``UnavailableError``.
     """
-    manifest = _parse(storage.read_bytes(str(directory / MANIFEST)), directory.name)
+    try:
+        manifest = _parse(storage.read_bytes(str(directory / MANIFEST)), directory.name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}; set it aside: the one before it is used then") from None
     target = storage.join(home, directory.name)
     there = storage.sizes_in(target)
     if MANIFEST in there:

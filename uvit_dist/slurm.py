@@ -184,7 +184,7 @@ def partitions() -> list[str]:
     try:
         return sorted({line.strip() for line in _call(["sinfo", "--noheader", "--format=%R"]).splitlines()})
     except _Failed as error:
-        raise UnavailableError(f"SLURM does not tell its partitions: {error.words}") from None
+        raise UnavailableError(f"SLURM does not tell its partitions: {error.words}; see what sinfo says") from None
 
 
 def accounts() -> list[str]:
@@ -194,13 +194,17 @@ def accounts() -> list[str]:
     try:
         return sorted({line.strip() for line in _call(command).splitlines()})
     except _Failed as error:
-        raise UnavailableError(f"SLURM does not tell the accounts of {user}: {error.words}") from None
+        raise UnavailableError(
+            f"SLURM does not tell the accounts of {user}: {error.words}; see what sacctmgr says"
+        ) from None
 
 
 def require_scontrol() -> None:
     """Raises ``UnavailableError`` where this machine has no ``scontrol``."""
     if not shutil.which("scontrol"):
-        raise UnavailableError("scontrol is not on this machine, so that a job cannot be requeued from it")
+        raise UnavailableError(
+            "scontrol is not on this machine, so that a job cannot be requeued from it; install it on the compute nodes"
+        )
 
 
 def requeue(job_id: str) -> None:
@@ -210,7 +214,9 @@ def requeue(job_id: str) -> None:
     except _Failed as error:
         if "pending execution" in error.words:  # asked twice, since the first answer was lost
             return
-        raise UnavailableError(f"job {job_id}: SLURM does not requeue it ({error.words})") from None
+        raise UnavailableError(
+            f"job {job_id}: SLURM does not requeue it ({error.words}); start the run again with uvit_dist.launch"
+        ) from None
 
 
 def spared(names: Sequence[str], nodes: int) -> list[str]:

@@ -54,6 +54,8 @@ def make(target: str | Path) -> None:
         temporary.rename(target)
     except OSError as error:
         if not target.is_dir():  # else another launcher was faster
-            raise OutputError(f"{target}: the code cannot be kept there ({error.strerror or error})") from error
+            raise OutputError(
+                f"{target}: the code cannot be kept there ({error.strerror or error}); make room"
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

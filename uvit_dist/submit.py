@@ -73,7 +73,7 @@ def _submitted(executor: SlurmExecutor, orders: Sequence[Order]) -> list[str]:
             return [str(job.job_id) for job in executor.map_array(run, paths)]
     except OSError as error:
         raise UnavailableError(
-            f"sbatch cannot be started ({error.strerror or error}): is it on this machine?"
+            f"sbatch cannot be started ({error.strerror or error}): start this on the cluster's login node"
         ) from None
     except (FailedJobError, FailedSubmissionError) as error:
         if any(words in str(error) for words in UNREACHABLE):

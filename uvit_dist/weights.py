@@ -215,7 +215,9 @@ def check_trained_as(weights: Weights, config: Config) -> None:
         if key not in FREE_TO_CHANGE and (trained.get(section) or {}).get(key) != value
     ]
     if wrong:
-        raise DataError(f"{weights.origin} is not of this configuration:\n{listed(wrong)}")
+        raise DataError(
+            f"{weights.origin} is not of this configuration:\n{listed(wrong)}\nSet these as they were, or give others."
+        )
 
 
 def check_same_noise(weights: Weights, config: Config) -> None:

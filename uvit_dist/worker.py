@@ -20,10 +20,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from uvit_dist import stopping, storage, watchdog
+from uvit_dist import misfits, stopping, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
-from uvit_dist.doctor import packages
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE, ConfigError, OutputError, UserError, explained_exit
 from uvit_dist.metrics import log_file
 from uvit_dist.preemption import StopFlag
@@ -41,8 +40,6 @@ LAUNCHER_VARIABLE = "UVIT_DIST_LAUNCHER"
 
 SHARED_JOBS = ("evaluate", "precompute", "reference")
 """Jobs whose workers share the work by leases, on any number of machines: no process group, no lock of run_dir."""
-SIGNS_OF_MISFIT = (ImportError, AttributeError, TypeError)
-"""What a package of another version than asked for shows itself by."""
 FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 log = logging.getLogger("uvit_dist.worker")
@@ -144,21 +141,11 @@ def _explain(error: Exception) -> tuple[int, str, bool]:
         return error.exit_code, str(error), True
     if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
         return OutputError.exit_code, f"{error}; make room or mend the permissions, and start again", True
-    told = f"{type(error).__name__}: {error}"
-    wrong = _misfits() if isinstance(error, SIGNS_OF_MISFIT) or "torchvision::" in told else ""
-    if wrong:
-        return ConfigError.exit_code, f"the installed packages are not those that are needed ({told}):{wrong}", True
+    wrong = misfits.explained(error)
+    if wrong is not None:
+        return ConfigError.exit_code, wrong, True
     hint = "; python -m uvit_dist.doctor says more of the packages" if isinstance(error, ImportError) else ""
-    return 1, told + hint, False
-
-
-def _misfits() -> str:
-    """The packages outside their ranges, a line each with what mends it; empty where there are none."""
-    try:
-        wrong = [finding for finding in packages.check() if finding.level == "problem"]
-    except Exception:  # noqa: BLE001 - metadata that cannot be read must not hide the error that is explained
-        return ""
-    return "".join(f"\n  {one.subject} {one.told}: {one.remedy}" for one in wrong)
+    return 1, f"{type(error).__name__}: {error}{hint}", False
 
 
 def _tell(path: Path, rank: int, code: int, message: str, mistake: bool) -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from slurm.rehearsal.cluster import Cluster, missing_programs, needed
 
+ACTIONS = ("start", "status", "preempt", "kill-node", "revive-node", "stop")
+
 
 def main() -> int:
     """The command line. Returns the exit code."""
@@ -29,8 +31,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m slurm.rehearsal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["start", "status", "preempt", "kill-node", "revive-node", "stop"])
-    parser.add_argument("node", nargs="?", help="for kill-node and revive-node")
+    parser.add_argument("action", choices=ACTIONS, metavar="action", help=f"one of {', '.join(ACTIONS)}")
+    parser.add_argument("node", nargs="?", help="n0 to n3: for kill-node and revive-node")
     parser.add_argument("--dir", type=Path, default=default, help=f"where the cluster lives (default: {default})")
     parser.add_argument("--seconds", type=float, default=20, help="preempt: for how long (default: 20)")
     arguments = parser.parse_args()
@@ -43,7 +45,10 @@ def main() -> int:
     if arguments.action == "start":
         return start(cluster)
     if not cluster.is_running:
-        print(f"error: no rehearsal cluster runs in {arguments.dir}; start one", file=sys.stderr)
+        print(
+            f"error: no rehearsal cluster runs in {arguments.dir}; start one: python -m slurm.rehearsal start",
+            file=sys.stderr,
+        )
         return 69
     try:
         act(cluster, arguments)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +30,16 @@ def doctor(*arguments, **environment):
 
 def findings(done):
     return {(one["section"], one["subject"]): one for one in json.loads(done.stdout)}
+
+
+def probes_of(pid):
+    """The process ids of a doctor's probes."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def libraries_of(pid):
+    """Whether a process has begun to load torch: it is past its start."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_all_is_well(data_dir, tmp_path):
@@ -104,6 +117,26 @@ def test_a_cluster_job_without_slurm(data_dir, tmp_path):
     assert done.returncode == 78
     assert "sbatch, scontrol, srun: not on this machine" in done.stdout
     assert "login node" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_doctor_that_is_ended_leaves_no_probe_behind(number):
+    started = subprocess.Popen(
+        [sys.executable, "-m", "uvit_dist.doctor"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (probe := probes_of(started.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (pid,) = probe
+    while not libraries_of(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.send_signal(number)
+    _, told = started.communicate(timeout=60)
+    assert "Traceback" not in told
+    assert started.returncode == (75 if number == signal.SIGINT else -signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 @pytest.mark.s3

@@ -4,6 +4,8 @@ Data that are damaged or contradict each other in rarer ways are in test_mistake
 """
 
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from tests.integration.jobs import train_job
 from tests.ranks import rank_environment, run_ranks
 from tests.tiny import DEMO, ROOT, overrides, tiny_config
+from tests.unit.test_help import COMMANDS
 from uvit_dist.config_yaml import dump_config
 from uvit_dist.export_weights import export_weights
 
@@ -137,15 +140,59 @@ def test_an_old_torch_is_told_where_a_job_fails_because_of_it(data_dir, tmp_path
     assert "torch 2.1.0; needed: >=2.11: pip install 'torch>=2.11'" in message
 
 
-def test_the_environment_is_not_active():
-    """An interpreter without this program's packages."""
+@pytest.mark.parametrize(("torch", "torchvision", "command"), [
+    ("2.15.0", "0.30.0+cpu", ["uvit_dist.sample", "--checkpoint", "none", "--grid", "a.png"]),
+    ("2.15.0+cpu", "0.30.0", ["data_tools.fid_reference", "--config", "configs/uvit_s_cifar10.yaml"]),
+    ("2.15.0", "0.30.0+cpu", ["data_tools.precompute_text", "--config", "configs/uvit_s_mscoco.yaml"]),
+])  # fmt: skip
+def test_torch_and_torchvision_of_different_builds(tmp_path, torch, torchvision, command):
+    """One for CUDA, the other for the CPU alone: both versions are in their ranges, and the operators do not load."""
+    path = other_versions(tmp_path, torch=torch, torchvision=torchvision)
+    fails = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(fails)
+    message = told(*command, code=78, PYTHONPATH=path)
+    assert f"torch {torch} and torchvision {torchvision} do not fit each other" in message
+    assert "operator torchvision::nms does not exist" in message
+    assert "pip install --force-reinstall 'torch==2.15.0' torchvision" in message
+    assert "https://pytorch.org/get-started/locally" in message
+
+
+def test_an_old_torch_is_told_where_a_command_cannot_even_be_imported(tmp_path):
+    path = other_versions(tmp_path, torch="1.13.1")
+    (tmp_path / "torch.py").write_text("Tensor = object\n")
+    message = told("uvit_dist.sample", "--checkpoint", "none", "--grid", "a.png", code=78, PYTHONPATH=path)
+    assert re.search(r"\(\w+Error: .*, at /.*\.py:\d+\)", message), "for a fault that has another cause"
+    assert "torch 1.13.1; needed: >=2.11: pip install 'torch>=2.11'" in message
+
+
+def test_no_command_needs_the_environment_to_say_that_it_is_not_active():
+    """An interpreter without this program's packages: how to get them, whatever was typed."""
+    modules = [name for name, _ in COMMANDS if name != "slurm.rehearsal"]  # which needs no package
+    assert {"uvit_dist.launch", "uvit_dist.status", "uvit_dist.doctor", "data_tools.precompute_latents"} <= {*modules}
+    started = {
+        module: subprocess.Popen(
+            [sys.executable, "-S", "-m", module], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for module in modules
+    }
+    for module, process in started.items():
+        out, message = process.communicate(timeout=60)
+        assert process.returncode == 78, f"{module}: {out}{message}"
+        assert message.startswith(f"error: {sys.executable} is not the environment of uvit_dist: it has no module ")
+        assert "make env, then . .venv/bin/activate; or, in an environment of your own: pip install ." in message
+        assert len(message.splitlines()) == 1
+
+
+def test_an_import_that_fails_in_our_own_code_keeps_its_traceback(tmp_path):
+    copy = shutil.copytree(ROOT / "uvit_dist", tmp_path / "uvit_dist")
+    (copy / "run_state.py").write_text("from uvit_dist import of_no_such_name\n")
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "uvit_dist.doctor"], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-m", "uvit_dist.status"], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
-    assert done.returncode == 78
-    assert done.stderr.startswith("error: the package rich is not installed for ")
-    assert ". .venv/bin/activate" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "of_no_such_name" in done.stderr.splitlines()[-1]
 
 
 def test_a_run_directory_that_cannot_be_written(data_dir, tmp_path):

@@ -1,5 +1,6 @@
 """The wheel, installed where there is no checkout: commands, configurations, profiles, C sources, types."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -85,6 +86,34 @@ def test_a_console_command_finds_configurations_and_profiles_from_anywhere(insta
     assert told.returncode == 78
     assert "uvit_h_imagenet51: cannot be read" in told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_a_configuration_of_ones_own_is_based_on_one_that_came_with_the_package(installed):
+    elsewhere = installed / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    for base in ("uvit_h_imagenet512", "configs/uvit_h_imagenet512.yaml"):
+        (elsewhere / "mine.yaml").write_text(f"base: {base}\nrun_dir: runs/mine\n")
+        told = run(installed, "uvit-launch", "--config", "mine.yaml", "--dry-run", "launch.cluster=slurm/gpu.yaml")
+        assert told.returncode == 0, told.stderr
+        assert "runs/mine" in told.stdout
+    (elsewhere / "mine.yaml").write_text("base: uvit_h_imagenet51\n")
+    told = run(installed, "uvit-launch", "--config", "mine.yaml", "--dry-run")
+    assert told.returncode == 78
+    assert "base uvit_h_imagenet51 of mine.yaml: cannot be read" in told.stderr
+
+
+def test_the_demo_has_its_autoencoder_with_it_and_what_is_beside_the_package_is_not_its_own(installed):
+    """In a folder that holds another project. What the demo's first command reads is what the doctor looks at."""
+    (site,) = (installed / "env" / "lib").glob("python*/site-packages")
+    stray = '[project]\nname = "another"\nrequires-python = ">=4"\ndependencies = ["no-such-package"]\n'
+    (installed / "elsewhere").mkdir(exist_ok=True)
+    for folder in (site, installed / "elsewhere"):
+        (folder / "pyproject.toml").write_text(stray)
+    told = run(installed, "uvit-doctor", "--config", "digits_demo", "--json")
+    assert told.stdout, told.stderr
+    found = {finding["subject"]: finding for finding in json.loads(told.stdout)}
+    assert found["autoencoder.encoder"]["level"] == found["versions"]["level"] == "ok"
+    assert "no-such-package" not in told.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The arithmetic of the dry run, against the network itself and against figures known otherwise."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -191,3 +192,17 @@ def test_the_largest_micro_batch_fits_and_one_image_more_does_not(stage, kind):
     assert need[0] <= room < need[1]
     assert forecast.what_fits(config, 32, room)[stage][kind] == most
     assert forecast.largest_micro_batch(model, config.train, config.zero, 32, 2e9) == 0
+
+
+HEADER = re.compile(
+    r"# Cost: (\S+) FLOP, (\d) times the forward pass of (\d+) GFLOP .*?(\d+) H100 hours if 40%", re.DOTALL
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("uvit_*.yaml")), ids=lambda path: path.stem)
+def test_the_cost_in_the_header_of_a_configuration_is_the_forecast_of_it(path):
+    config, told = load_config(path), HEADER.search(path.read_text())
+    forward, training = forecast.forward_flop(config.model), forecast.training_flop(config.model)
+    total = config.train.steps * config.train.global_batch_size * training
+    hours = total / (0.4 * 989e12) / 3600
+    assert told.groups() == (f"{total:.1e}", str(training // forward), f"{forward / 1e9:.0f}", f"{hours:.0f}")

@@ -13,7 +13,7 @@ import pytest
 from tests.tiny import ROOT
 from uvit_dist.config_yaml import load_config
 
-OURS = ("uvit_dist", "data_tools")
+OURS = ("uvit_dist", "data_tools", "slurm")
 EXAMPLE = re.compile(r"^ {4}(?:python|torchrun(?: --\S+ \d+)*) -m (?P<module>[\w.]+)(?P<arguments>.*)$")
 
 
@@ -31,7 +31,7 @@ def examples(path):
     """(module, arguments) of each example in a module's docstring."""
     lines = (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").splitlines()
     found = [match for line in lines if (match := EXAMPLE.match(line))]
-    return [(match["module"], shlex.split(re.split(r"\s{3,}\(| <", match["arguments"])[0])) for match in found]
+    return [(match["module"], shlex.split(re.split(r"\s{3,}[(#]| <", match["arguments"])[0])) for match in found]
 
 
 COMMANDS = list(commands())

@@ -94,6 +94,7 @@ LAYERS = {
         "rounds",
         "succession",
         "notices",
+        "misfits",
         "worker",
         "pipeline",
         "sample",

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import socket
 import subprocess
 import sys
 import termios
@@ -32,8 +33,7 @@ def test_json_lines_are_appended_and_there_at_once(tmp_path):
         metrics.close()
 
 
-@pytest.mark.parametrize("place", ["init", "log"])
-def test_wandb_that_fails_stops_nothing(tmp_path, monkeypatch, caplog, place):
+def test_wandb_that_fails_later_stops_nothing(tmp_path, monkeypatch, caplog):
     class Run:
         def log(self, *_, **__):
             raise OSError("no route to host")
@@ -43,8 +43,6 @@ def test_wandb_that_fails_stops_nothing(tmp_path, monkeypatch, caplog, place):
 
     def init(**options):
         assert options["resume"] == "allow"
-        if place == "init":
-            raise OSError("no route to host")
         return Run()
 
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -58,15 +56,51 @@ def test_wandb_that_fails_stops_nothing(tmp_path, monkeypatch, caplog, place):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def with_wandb(run_dir, **environment):
+    """Two attempts of a job that logs to the real W&B. Returns what they said."""
+    code = (
+        "import logging, sys; logging.basicConfig()\n"
+        "from uvit_dist import metrics; metrics.START_S = 3.0\n"
+        f"m = metrics.MetricsLog({str(run_dir)!r}, {{'a': 'https://a.b/c?sig=5ecre7'}}); m.write({RECORD!r}); m.close()"
+    )
+    home = {"HOME": str(run_dir), "WANDB_SILENT": "true"}
+    given = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | home | environment
+    command = [sys.executable, "-c", code]
+    return [
+        subprocess.run(
+            command, env=given, stdin=subprocess.DEVNULL, cwd=ROOT, check=True, capture_output=True, text=True
+        ).stderr
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["no network", "no key"])
+def test_where_wandb_itself_cannot_be_reached_it_goes_on_offline_and_keeps_its_id(tmp_path, why):
+    """A port of this machine on which nobody listens refuses, as a network without a way out does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+    key = {"WANDB_API_KEY": "0" * 40} if why == "no network" else {"WANDB_MODE": "online"}
+    for told in with_wandb(tmp_path, WANDB_BASE_URL=nobody, **key):
+        assert "W&B does not answer (" in told
+        assert ("connection refused" if why == "no network" else "No API key") in told
+        assert f"wandb sync {tmp_path}/wandb/offline-run-*" in told
+        assert "no more is sent" not in told
+    identity = (tmp_path / "wandb_id").read_text()
+    kept = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(kept) == 2
+    assert all(folder.name.endswith(f"-{identity}") and list(folder.glob("*.wandb")) for folder in kept)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    for folder in kept:
+        (data,) = folder.glob("*.wandb")
+        assert b"https://a.b/c" in data.read_bytes()
+        assert b"5ecre7" not in data.read_bytes(), "no signature of a URL"
+
+
 @pytest.mark.slow
 def test_wandb_itself_offline_keeps_its_id_over_attempts(tmp_path):
-    code = (
-        "import sys; from uvit_dist.metrics import MetricsLog\n"
-        f"m = MetricsLog({str(tmp_path)!r}, {{'a': 1}}); m.write({RECORD!r}); m.close()"
-    )
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True, capture_output=True)
+    with_wandb(tmp_path, WANDB_MODE="offline")
     identity = (tmp_path / "wandb_id").read_text()
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{identity}"))) == 2
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import ROOT
+from tests.tiny import DEMO, ROOT
+from uvit_dist.config_yaml import dump_config, load_config
 from uvit_dist.errors import MissingInputError
 from uvit_dist.page import write_page
 from uvit_dist.page.charts import charts
@@ -52,6 +53,27 @@ def test_a_page_needs_no_network_and_no_script(tmp_path):
     assert "script" not in links.tags
     assert not re.search(r"url\((?!#)|@import", text)
     assert "<h2>Loss</h2>" in text
+
+
+def test_signatures_and_passwords_in_urls_are_not_shown(tmp_path):
+    signed = "https://bucket.example/vae.safetensors?X-Amz-Expires=60&X-Amz-Signature=5ecre7"
+    known = "https://me:pa55word@data.example/vae.safetensors"
+    config = load_config(
+        DEMO, [f"autoencoder.decoder={signed}", f"autoencoder.encoder={known}", "storage.endpoint=http://u:pa55@h:80"]
+    )
+    (tmp_path / ".launch-train.yaml").write_text(dump_config(config))
+    write_metrics(tmp_path, [record(1)])
+    job = {"attempt": 1, "job_id": "1", "restart": 0}
+    attempts = [
+        {**job, "event": "attempt", "hosts": ["a"], "world_size": 1, "from_step": None, "time": 1.0},
+        {**job, "event": "ended", "cause": "mistake", "reason": f"{signed}: cannot be fetched", "time": 2.0},
+    ]
+    (tmp_path / "launch" / "train").mkdir(parents=True)
+    (tmp_path / "launch" / "train" / "attempts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in attempts))
+    text = write_page(tmp_path).read_text()
+    assert "https://bucket.example/vae.safetensors?…" in text
+    assert "https://…@data.example/vae.safetensors" in text
+    assert not re.search("5ecre7|pa55|X-Amz", text)
 
 
 def test_only_what_was_recorded_is_drawn(tmp_path):

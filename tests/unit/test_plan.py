@@ -62,5 +62,5 @@ def test_mistakes_are_explained():
         Plan((100,), 0, 10, 4, 8)
     with pytest.raises(ConfigError, match="holds 5 samples, fewer than"):
         Plan((5,), 0, 8, 4, 8)
-    with pytest.raises(ConfigError, match=r"5 ranks do not divide data\.lanes 12; valid: \[1, 2, 3, 4, 6, 12\]"):
+    with pytest.raises(ConfigError, match=r"5 ranks do not divide data\.lanes 12; use \[1, 2, 3, 4, 6, 12\]"):
         PLAN.sample_ids(0, 0, 5)

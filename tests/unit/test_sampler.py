@@ -153,7 +153,7 @@ def test_a_system_is_asked_in_its_own_terms(name, labels, prompts, message):
 def test_the_command_takes_numbers_with_commas():
     assert sample.labels_of("3,207") == [3, 207]
     assert sample.labels_of(None) is None
-    with pytest.raises(ConfigError, match="--labels cat: must be numbers"):
+    with pytest.raises(ConfigError, match="--labels cat: give numbers"):
         sample.labels_of("cat")
 
 

@@ -183,3 +183,19 @@ def test_a_file_that_goes_while_a_directory_is_listed_hides_no_other(tmp_path):
     finally:
         end.set()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://bucket/key", "s3://bucket/key"),
+        ("what is it? see https://a.b/c", "what is it? see https://a.b/c"),
+        ("https://a.b/c?sig=1&x=2: gone", "https://a.b/c?…"),
+        ('{"a": "https://a.b/c?sig=1", "b": 2}', '{"a": "https://a.b/c?…", "b": 2}'),
+        ("(https://me:word@a.b/c)", "(https://…@a.b/c)"),
+        ("me@a.b", "me@a.b"),
+    ],
+)
+def test_secrets_of_urls_are_left_out(text, shown):
+    assert storage.without_secrets(text).startswith(shown)
+    assert "sig" not in storage.without_secrets(text)

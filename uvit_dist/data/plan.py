@@ -69,7 +69,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.global_batch_size % self.lanes:
             raise ConfigError(
-                f"train.global_batch_size {self.global_batch_size} must be divisible by data.lanes {self.lanes}"
+                f"train.global_batch_size {self.global_batch_size} must be divisible by data.lanes {self.lanes}; "
+                "change one"
             )
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -105,7 +106,7 @@ class Plan:
         """The lanes that a rank owns. Raises ``ConfigError`` where the world size does not divide the lanes."""
         if self.lanes % world_size:
             valid = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
-            raise ConfigError(f"{world_size} ranks do not divide data.lanes {self.lanes}; valid: {valid}")
+            raise ConfigError(f"{world_size} ranks do not divide data.lanes {self.lanes}; use {valid}")
         owned = self.lanes // world_size
         return range(rank * owned, (rank + 1) * owned)
 

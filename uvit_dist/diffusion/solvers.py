@@ -37,7 +37,7 @@ def fast_orders(steps: int) -> list[int]:
     Raises ``ConfigError`` for too few steps.
     """
     if steps < 1:
-        raise ConfigError(f"steps={steps}: a sampler needs at least 1 step; the published systems use 50")
+        raise ConfigError(f"steps={steps}: a sampler needs at least 1 step; set 50, as the published systems have")
     thirds, rest = divmod(steps, 3)
     return [3] * thirds + [rest] if rest else [3] * (thirds - 1) + [2, 1]
 
@@ -101,7 +101,9 @@ def euler_maruyama(
     Raises ``ConfigError`` for too few steps.
     """
     if steps < 2:
-        raise ConfigError(f"steps={steps}: Euler–Maruyama needs at least 2 steps; published systems use 1000")
+        raise ConfigError(
+            f"steps={steps}: Euler–Maruyama needs at least 2 steps; set 1000, as the published systems have"
+        )
     assert ode or noise_fn is not None, "the SDE needs a source of noise"
     grid = torch.from_numpy(np.append(0.0, np.linspace(1e-3, 1, steps)))
     t, step = grid[1:].flip(0), grid.diff().flip(0)
@@ -187,6 +189,4 @@ def _integrate(eps_model: NoisePredictor, plan: list[_Stage], x_T: Tensor) -> Te
 
 def _check_span(t_start: float, t_end: float) -> None:
     if not 0 < t_end < t_start <= 1:
-        raise ConfigError(
-            f"t_start={t_start}, t_end={t_end}: must be 0 < t_end < t_start <= 1; the published systems start at 1"
-        )
+        raise ConfigError(f"t_start={t_start}, t_end={t_end}: must be 0 < t_end < t_start <= 1; give others, or none")

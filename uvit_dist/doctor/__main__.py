@@ -14,20 +14,11 @@ a server or a device that does not answer.
 
 from __future__ import annotations
 
-import sys
+from uvit_dist.doctor.command import run
 
 
 def main() -> None:
-    """The command line, or one line where not even that can be imported."""
-    try:
-        from uvit_dist.doctor.command import run
-    except ModuleNotFoundError as error:
-        print(
-            f"error: the package {error.name} is not installed for {sys.executable}; activate the environment "
-            "(. .venv/bin/activate), or make it: make env; or, in one of your own: pip install -e .",
-            file=sys.stderr,
-        )
-        sys.exit(78)
+    """The command line."""
     run(__doc__)
 
 

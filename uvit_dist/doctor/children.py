@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,23 +27,24 @@ class Child:
         self, section: str, arguments: Sequence[str], stdin: str = "", environment: Mapping[str, str] | None = None
     ) -> None:
         self.section, self.findings, self.facts = section, list[Finding](), dict[str, Any]()
-        self._at, self._errors = "start", ""
+        self._at, self._errors, self._began = "start", "", time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "uvit_dist.doctor.probes", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
+        _started.append(self)
         assert self._process.stdin is not None
         self._threads = [in_background(self._read_lines), in_background(self._read_errors)]
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(stdin)
 
     def wait(self, limit_s: float) -> list[Finding]:
-        """What it found, and one finding more where it did not end well within the limit, seconds."""
+        """What it found, and one finding more where it did not end well within the limit, seconds from its start."""
         try:
-            code = self._process.wait(limit_s)
+            code = self._process.wait(max(0.0, self._began + limit_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.end()
             self._join()
             told = f"no answer within {limit_s:g} s"
             remedy = "try it alone to see where it hangs, or give it longer: --limit SECONDS"
@@ -61,7 +63,10 @@ class Child:
         for thread in self._threads:
             thread.join(1.0)  # longer only where a process of its own holds the pipe
 
-    def _kill(self) -> None:
+    def end(self) -> None:
+        """End it and what it started, if it still runs."""
+        if self._process.poll() is not None:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -85,6 +90,15 @@ class Child:
         with self._process.stderr as lines:
             for line in lines:
                 self._errors = (self._errors + line)[-4000:]
+
+
+_started: list[Child] = []
+
+
+def end_all() -> None:
+    """End every child that still runs."""
+    for child in _started:
+        child.end()
 
 
 def _of(code: int) -> str:

@@ -19,7 +19,7 @@ from uvit_dist.config import Config
 from uvit_dist.config_cluster import ClusterProfile, read_profile
 from uvit_dist.config_yaml import dump_config, load_config
 from uvit_dist.doctor import cluster, machine, packages
-from uvit_dist.doctor.children import Child, limited
+from uvit_dist.doctor.children import Child, end_all, limited
 from uvit_dist.doctor.finding import Finding, exit_code, of_error
 from uvit_dist.errors import ConfigError, explained_exit
 
@@ -101,7 +101,10 @@ def run(description: str | None) -> None:
         parser.error("changes to the configuration need --config")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     with explained_exit():
-        findings = _findings(args)
+        try:
+            findings = _findings(args)
+        finally:
+            end_all()  # a Ctrl-C leaves no probe behind
         if args.problems:
             findings = [finding for finding in findings if finding.level != "ok"]
         if args.json:

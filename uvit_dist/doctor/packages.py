@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 import uvit_dist
-from uvit_dist.doctor.finding import Finding, ok, problem
+from uvit_dist.doctor.finding import Finding, ok, problem, warning
 
 SECTION = "packages"
 PYPROJECT = Path(uvit_dist.__file__).parents[1] / "pyproject.toml"
@@ -34,9 +35,12 @@ class Wanted:
 
 
 def wanted(pyproject: Path = PYPROJECT) -> Wanted:
-    """The ranges of pyproject.toml in a checkout; of the installed package's metadata elsewhere."""
-    if pyproject.exists():
-        project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    """The ranges of pyproject.toml in a checkout; of the installed package's metadata elsewhere.
+
+    pyproject: beside the package; outside of a checkout one that is there belongs to something else.
+    """
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {}) if pyproject.exists() else {}
+    if project.get("name") == "uvit_dist":
         return Wanted(SpecifierSet(project["requires-python"]), tuple(map(Requirement, project["dependencies"])))
     found = importlib.metadata.metadata("uvit_dist")
     lines = [Requirement(line) for line in found.get_all("Requires-Dist") or []]
@@ -108,6 +112,7 @@ def _judge(need: Requirement, version: str | None) -> Finding | None:
 
 BUILDS = "https://pytorch.org/get-started/locally"
 """Where the commands for each kind of build are."""
+BUILD = re.compile(r"cpu|xpu|cu\d+|rocm[\d.]+")
 
 
 def judge_builds(torch: str, torchvision: str, needs: SpecifierSet) -> list[Finding]:
@@ -116,14 +121,23 @@ def judge_builds(torch: str, torchvision: str, needs: SpecifierSet) -> list[Find
     Builds for CUDA, ROCm or the CPU alone have it behind a plus: 2.11.0+cu128.
     """
     told, here = f"torch {torch}, torchvision {torchvision}", Version(torch)
-    builds = [Version(version).local for version in (torch, torchvision)]
+    builds = [_build(version) for version in (torch, torchvision)]
     same = f", both built for {builds[0]}: {BUILDS}" if builds[0] else ""
     remedy = f"pip install --force-reinstall 'torch=={here.public}' torchvision{same}"
     if not needs.contains(here.public, prereleases=True):
         return [problem(SECTION, "torchvision", f"{told}: built for torch{needs}", remedy)]
     if None not in builds and builds[0] != builds[1]:
         return [problem(SECTION, "torchvision", f"{told}: built for {builds[1]}, torch for {builds[0]}", remedy)]
+    if None in builds and "cpu" in builds and sys.platform == "linux":
+        told += ": one is built for the CPU alone, and PyPI's, which does not say, for CUDA"
+        return [warning(SECTION, "torchvision", told, f"{remedy}; both from one index: {BUILDS}")]
     return [ok(SECTION, "torchvision", f"{told}: built for each other")]
+
+
+def _build(version: str) -> str | None:
+    """What a version says that it is built for; of one's own build, as vendors' containers have, nothing is known."""
+    local = Version(version).local
+    return local if local is not None and BUILD.fullmatch(local) else None
 
 
 def judge_torch_for_gpus(cuda: str | None, gpus: Sequence[str]) -> list[Finding]:

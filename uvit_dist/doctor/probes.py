@@ -24,9 +24,9 @@ from uvit_dist.config_yaml import parse_config, parse_yaml
 from uvit_dist.doctor import inputs, packages
 from uvit_dist.doctor.finding import Finding, of_error, ok, problem, warning
 from uvit_dist.errors import UnavailableError, UserError
+from uvit_dist.worker import die_with_parent
 
-GPUS = "GPUs"
-DATA = "data"
+GPUS, DATA = "GPUs", inputs.DATA
 LEAST_BF16 = (8, 0)
 """Compute capability from which on a GPU multiplies in bf16."""
 RETRY_S = 20.0
@@ -159,7 +159,7 @@ def checked_inputs(say: Say) -> None:
     from uvit_dist import storage
 
     storage.configure(config.storage)
-    for key, check in inputs.weights_and_references(config):
+    for key, check in inputs.named(config):
         say({"begins": key})
         say(check())
     urls = [path for path in inputs.data_paths(config) if storage.is_remote(path)]
@@ -212,6 +212,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("probe", choices=PROBES, help="what to look at")
     args = parser.parse_args()
+    die_with_parent()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 

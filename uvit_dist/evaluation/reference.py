@@ -167,7 +167,7 @@ def _read(key: str, path: str, config: Config, extractor: str) -> Reference:
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError | MissingInputError):
             raise
-        raise DataError(f"{key} {path}: not a reference made by data_tools.fid_reference ({error})") from None
+        raise DataError(f"{key} {path}: not a reference made by data_tools.fid_reference ({error}); {MAKE}") from None
     _check_shapes(key, path, reference, config)
     log.warning("%s %s says nothing of its images; resolution, number and crop are not checked", key, path)
     return reference
@@ -254,5 +254,7 @@ def _header(member: IO[bytes], path: str) -> tuple[int, ...]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read[np.lib.format.read_magic(member)](member)
     if dtype != np.uint8 or fortran or len(shape) != 4:
-        raise DataError(f"{path}: arr_0 of shape {shape} and {dtype}: expected images (N, H, W, 3) uint8")
+        raise DataError(
+            f"{path}: arr_0 of shape {shape} and {dtype}: expected images (N, H, W, 3) uint8; download it again"
+        )
     return tuple(shape)

@@ -319,5 +319,7 @@ def _parse_config(text: str, path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise DataError(f"autoencoder {path}: its config is not JSON ({error}); give the whole file") from error
     if not isinstance(config, dict):
-        raise DataError(f"autoencoder {path}: its config is a {type(config).__name__}, and an object is needed")
+        raise DataError(
+            f"autoencoder {path}: its config is a {type(config).__name__}, and an object is needed; give the whole file"
+        )
     return config

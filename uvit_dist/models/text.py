@@ -167,7 +167,7 @@ def tower_config(name: str, key: str = "text.tower") -> dict[str, Any]:
     if config is None:
         known = {known.lower(): known for known in open_clip.list_models()}
         near = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() has them all"
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
         raise ConfigError(f"{key} {name!r}: open_clip {open_clip.__version__} knows no such model; {hint}")
     return config
 

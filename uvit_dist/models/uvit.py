@@ -240,7 +240,9 @@ class UViT(nn.Module):
                 net = UViT(**json.loads(file.metadata()["model"]))
                 net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-            raise DataError(f"{path}: no U-ViT exported by uvit_dist ({error})") from None
+            raise DataError(
+                f"{path}: no U-ViT exported by uvit_dist ({error}); make it with python -m uvit_dist.export"
+            ) from None
         return net.eval()
 
     @staticmethod
@@ -270,7 +272,9 @@ class UViT(nn.Module):
                 temporary.write_bytes(content)
                 temporary.replace(folder / name)
         except OSError as error:
-            raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from None
+            raise OutputError(
+                f"{folder}: cannot be written ({error.strerror or error}); make room, or give another"
+            ) from None
 
     def reset_parameters(self) -> None:
         """Normal 0.02 for Linear weights and ``pos_embed``, zero biases; label_emb stays N(0, 1) (official code).

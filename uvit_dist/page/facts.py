@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from uvit_dist import score_log
+from uvit_dist import score_log, storage
 from uvit_dist.config_yaml import dump_config
 from uvit_dist.run_state import METRICS, config_of, counted, json_lines, run_state
 
@@ -112,7 +112,7 @@ def read_run(run_dir: str | Path) -> Run:
         ends=sorted((run.hours(one["ended"]), str(one["cause"])) for one in ends),
         distances=run.distances,
         pictures=pictures(directory, score_log.records(run_dir)),
-        config=None if config is None else dump_config(config),
+        config=None if config is None else storage.without_secrets(dump_config(config)),
     )
 
 

@@ -38,8 +38,8 @@ def render(run: Run) -> str:
     name = Path(run.state["run_dir"]).name
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(run.state["time"]))
     return templates.get_template("page.html").render(
-        name=name, run=run, charts=shown, tiles=tiles(run.state), status=describe(run.state), written=written,
-        running=run.state["state"] in RUNNING,
+        name=name, run=run, charts=shown, tiles=tiles(run.state), running=run.state["state"] in RUNNING,
+        status=storage.without_secrets(describe(run.state)), written=written,
     )  # fmt: skip
 
 

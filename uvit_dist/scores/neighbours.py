@@ -42,7 +42,7 @@ def knn_classify(train_features: Tensor, train_labels: Tensor, features: Tensor,
     if train_labels.shape != train_features.shape[:1]:
         raise DataError(
             f"labels of shape {tuple(train_labels.shape)} for {len(train_features)} samples: "
-            "expected one for each; read both from the same index"
+            "expected one for each; take both from the same index"
         )
     neighbours = train_labels[_nearest(features, train_features, k)[1]]
     votes = (neighbours[:, :, None] == neighbours[:, None, :]).sum(2)

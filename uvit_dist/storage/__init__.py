@@ -26,7 +26,7 @@ from uvit_dist.storage.files import (
     write_bytes,
 )
 from uvit_dist.storage.part_cache import cache, forget
-from uvit_dist.storage.remote import COUNTS, Counts, access, configure, persistently
+from uvit_dist.storage.remote import COUNTS, Counts, access, configure, persistently, without_secrets
 
 __all__ = [
     "COUNTS",
@@ -58,5 +58,6 @@ __all__ = [
     "stream",
     "tree",
     "upload",
+    "without_secrets",
     "write_bytes",
 ]

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from uvit_dist.config_yaml import shipped
 from uvit_dist.errors import DataError, MissingInputError, NoSuchFileError, OutputError
 from uvit_dist.storage import remote
 from uvit_dist.storage.part_cache import cache
@@ -26,6 +27,7 @@ PART = 8 << 20
 """Bytes of one ranged request of a stream."""
 UPLOADED_AT_ONCE = 16 << 20
 """Bytes of a part of an upload to S3; four are in memory."""
+ROOM = "make room, mend the permissions, or use another place"
 
 
 def is_remote(path: str) -> bool:
@@ -227,7 +229,7 @@ def atomic_write(path: str) -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {ROOM}") from error
 
 
 def upload(local: str, path: str) -> None:
@@ -309,7 +311,7 @@ def create(path: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); {ROOM}") from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -333,13 +335,13 @@ def remove_tree(directory: str | Path) -> None:
 def local_weights(path: str, sha256: str | None, key: str, remedy: str) -> str:
     """The local path of a file (or folder) of weights, its hash checked where one is given.
 
-    path: local, or a URL, which must come with its hash and is kept in a cache (UVIT_DIST_CACHE, or
-    ~/.cache/uvit_dist) under that hash. key: of the configuration, that names it; its hash is at key + "_sha256".
+    path: local (the demo's is found from everywhere), or a URL, which must come with its hash and is kept under it in
+    UVIT_DIST_CACHE, or ~/.cache/uvit_dist. key: of the configuration, that names it; its hash is at key + "_sha256".
     remedy: what to do where there is no such file. Raises ``MissingInputError``, ``DataError`` where the hash differs.
     """
     if is_remote(path):
         return _fetched(path, sha256, key)
-    if not os.path.exists(path):
+    if not os.path.exists(path := str(shipped(path, "data_tools"))):
         raise MissingInputError(f"{key} {path}: no such file or folder; {remedy}")
     if sha256 is not None:
         if os.path.isdir(path):
@@ -393,4 +395,6 @@ def _explained(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise NoSuchFileError(f"{path}: no such file; make it or correct the path") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise MissingInputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise MissingInputError(
+            f"{path}: cannot be read ({error.strerror}); mend its permissions, or correct the path"
+        ) from None

@@ -277,9 +277,18 @@ def persistently(path: str, action: Callable[[Progress], T]) -> T:
     raise AssertionError("tenacity returns or raises")
 
 
+def without_secrets(text: str) -> str:
+    """A text to be shown to others: of its URLs neither user and password nor what follows the question mark.
+
+    That may be a signature, as presigned URLs have it.
+    """
+    text = re.sub(r"(\w://)[^\s/?@\"']+@", r"\1…@", text)
+    return re.sub(r"(\w://[^\s?\"']+)\?[^\s\"'),;]*", r"\1?…", text)
+
+
 def _brief(error: BaseException | None) -> str:
-    """The first line of an error, without what follows a URL's question mark: it may be a signature."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The first lines of an error, without what follows a question mark: it may be a signature."""
+    lines = [line.strip() for line in without_secrets(str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {re.sub(r'[?][^ ]*', '?…', ' '.join(lines[:3]))[:300]}"
 
 
