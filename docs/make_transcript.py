@@ -46,7 +46,8 @@ class Shell:
 
     def run(self, command: str) -> str:
         """What it prints. Raises ``RuntimeError`` where it fails."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(f"{{ {command}\n}} < /dev/null; printf '{END}%s\\n' $?\n")
         lines = []
         for line in self._process.stdout:
