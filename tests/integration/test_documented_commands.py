@@ -41,12 +41,14 @@ PARSED_ONLY = {
     r".* data_tools\.\w+ .*my_latents.*": "as the same tools with other configurations",
     r".* uvit_dist\.launch .*my_latents.*": "as training with other configurations",
     r".* uvit_dist\.tune .*": "tries for up to two minutes: test_tune.py",
+    r".* uvit_dist\.launch .*train\.init_from=.*": "test_fine_tune.py",
+    r"docs/doctor\.md .*run_dir=/scratch/.*": "as the README's",
     r".* uvit_dist\.launch .*profile\.steps=.*": "test_profile.py",
 }
 STAND_INS = (
     # what a document names → what is there
     (r"configs/(uvit_h_imagenet\d+|my_imagenet512|my_fine_tuning)\.yaml|CONFIG\.yaml|my\.yaml", "configs/tiny.yaml"),
-    (r"runs/(uvit_h_imagenet\d+|my_imagenet512|digits_demo)|RUN_DIR|/scratch/me/run", "runs/tiny"),
+    (r"runs/(uvit_h_imagenet\d+|my_imagenet512|digits_demo)|RUN_DIR", "runs/tiny"),
     (r"data/imagenet\d*_val/", "data/tiny_val/"),
     (r"data/imagenet\d+(?=/|$)", "data/tiny"),
     (r"uvit-h-imagenet512", "exported"),
@@ -55,6 +57,7 @@ STAND_INS = (
     (r" --local 8", ""),
     (r"207,360(,387)?", "3,8"),
     (r"step-00100000", "step-00000002"),
+    (r"steps=25,50", "steps=2,3"),
     (r"small_samples=10000", "small_samples=10"),
     (r"workdir/ckpts/(500000\.ckpt --config configs/)tiny", r"\1fresh"),  # whose run has no checkpoint yet
 )
