@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -207,7 +208,12 @@ def test_every_tool_says_how_it_is_used(tool, monkeypatch, capsys):
 
 
 NAMED = sorted({(str(path.relative_to(ROOT)), text) for path in DOCUMENTS for text in code(path)})
-SECTIONS = {name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")}
+SECTIONS = {
+    name: section
+    for name, field in Config.model_fields.items()
+    for section in (field.annotation, *get_args(field.annotation))  # one that may be none is a union
+    if hasattr(section, "model_fields")
+}
 HOMES = ("", "uvit_dist", "data_tools", "tests", "tests/unit", "tests/integration", "benchmarks")
 
 
@@ -230,6 +236,21 @@ def test_files_that_documents_name_exist():
         if not any((ROOT / home / path[1]).exists() for home in homes):
             missing.append((document, text))
     assert missing == []
+
+
+def test_tests_that_the_comparison_names_exist():
+    text = re.sub(r"\s+", " ", (ROOT / FOREIGN).read_text())
+    named, file = [], ""
+    for name, test in re.findall(r"`(?:\w+/)?(test_\w+\.py|…)(?:::(\w+))?`", text):
+        file = file if name == "…" else name
+        named.append((file, test))
+    texts = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(named) > 30
+    assert [
+        (name, test)
+        for name, test in named
+        if not any(path.name == name and f"def {test}" in text for path, text in texts.items())
+    ] == []
 
 
 def test_modules_that_documents_name_exist():
@@ -262,7 +283,7 @@ def test_keys_that_documents_name_exist():
             or text.endswith((".py", ".jsonl", ".json", ".yaml", ".c", ".safetensors"))
         ):
             continue
-        keys = Config.model_fields[found[1]].annotation.model_fields
+        keys = SECTIONS[found[1]].model_fields
         if found[2] not in keys and not (ROOT / "uvit_dist" / found[1] / f"{found[2]}.py").exists():
             missing.append((document, text))
     assert missing == []

@@ -1,6 +1,7 @@
 """The doctor's judgements, from facts that are given. As a user runs it: tests/integration/test_doctor.py."""
 
 import os
+import signal
 import socket
 import stat
 import time
@@ -332,9 +333,9 @@ FOUND = BEGINS + f"print(json.dumps({ok('GPUs', 'GPU 0', 'there').__dict__!r}), 
 
 @pytest.mark.slow
 def test_a_probe_that_hangs_is_ended_and_named_and_what_it_found_is_kept(child_that):
-    began = time.monotonic()
-    kept, late = child_that(FOUND + "time.sleep(60)").wait(3.0)
-    assert time.monotonic() - began < 30
+    child = child_that(FOUND + "time.sleep(3600)")
+    kept, late = child.wait(3.0)
+    assert child._process.poll() == -signal.SIGKILL
     assert kept == ok("GPUs", "GPU 0", "there")
     assert (late.subject, late.told, late.code) == ("NCCL", "no answer within 3 s", 69)
 
