@@ -75,6 +75,8 @@ def test_hosts_are_left_out_when_lost_or_blamed_twice():
     assert attempts.hosts_to_exclude(life("started", "attempt", "rank_died")) == []
     assert attempts.hosts_to_exclude(life("attempt", "rank_died", "attempt", "hang")) == ["n1"]
     assert attempts.hosts_to_exclude(life("attempt", "node_lost")) == ["n1"]
+    found_dead = [{"event": "attempt", "hosts": ["n1"], "lost": ["n3"]}] * 2
+    assert attempts.hosts_to_exclude(found_dead) == ["n3"], "a spare, too"
     assert attempts.hosts_to_exclude(life("attempt", "data", "attempt", "stopped", "attempt", "divergence")) == []
 
 
