@@ -7,7 +7,6 @@ node. If such a job loses the node of its batch process, it stays RUNNING with n
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -42,42 +41,42 @@ def _sign(order: Order) -> Path:
 
 
 class Sentries:
-    """The supervisor's end: a step of its own, on other hosts than its own."""
+    """The supervisor's end: a step on each of some other hosts, so that the loss of one does not touch the others."""
 
     def __init__(self, order: Order) -> None:
-        self._order, self._hosts = order, list[str]()
-        self._step: subprocess.Popen[bytes] | None = None
+        self._order, self._steps = order, dict[str, subprocess.Popen[bytes]]()
 
     def post(self, hosts: Sequence[str]) -> None:
-        """Have some of these sound hosts watch, the first of them; those that do already go on."""
+        """Have the first of these hosts watch. Those that do already go on; those that ended begin anew."""
         chosen = [host for host in hosts if host != host_name()][:SENTRIES] if self._order.no_kill else []
-        if chosen == self._hosts and (self._step is None or self._step.poll() is None):
-            return
-        self.close()
-        self._hosts = chosen
-        if chosen:
-            self._step = subprocess.Popen(self.command(chosen), stdin=subprocess.DEVNULL, start_new_session=True)
+        self._end([host for host in self._steps if host not in chosen])
+        for place, host in enumerate(chosen):
+            if host not in self._steps or self._steps[host].poll() is not None:
+                command = self.command(host, place)
+                self._steps[host] = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def command(self, hosts: Sequence[str]) -> list[str]:
-        """``srun`` and what it starts on each of the hosts."""
-        options = ["--overlap", "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mem=0", "--cpus-per-task=1",
-                   f"--nodelist={','.join(hosts)}", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}",
-                   "--ntasks-per-node=1", "--input=none", f"--output={self._order.directory}/sentry-%N.log",
-                   "--open-mode=append", "--job-name=sentry"]  # fmt: skip
+    def command(self, host: str, place: int) -> list[str]:
+        """``srun`` and what it starts. place: among the sentries, from 0."""
+        options = ["--overlap", "--mem=0", "--cpus-per-task=1", f"--nodelist={host}", "--nodes=1", "--ntasks=1",
+                   "--input=none", f"--output={self._order.directory}/sentry-{host}.log", "--open-mode=append",
+                   "--job-name=sentry"]  # fmt: skip
         order = str(Path(self._order.directory, "order.json"))
-        return ["srun", *options, self._order.python, "-m", "uvit_dist.sentry", order, host_name()]
+        return ["srun", *options, self._order.python, "-m", "uvit_dist.sentry", order, host_name(), str(place)]
 
     def close(self) -> None:
-        """End the step."""
-        step, self._step = self._step, None
-        if step is None:
-            return
-        step.terminate()  # srun ends its tasks
-        try:
-            step.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            step.kill()
-            step.wait()
+        """End them all."""
+        self._end(list(self._steps))
+
+    def _end(self, hosts: Sequence[str]) -> None:
+        steps = [self._steps.pop(host) for host in hosts]
+        for step in steps:
+            step.terminate()  # srun ends its task
+        for step in steps:
+            try:
+                step.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                step.kill()
+                step.wait()
 
 
 def watch(order: Order, watched: str, silence_s: float) -> None:
@@ -127,7 +126,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that was sent to all steps
     order = read_order(sys.argv[1])
-    patience_s = load_config(order.config).launch.silence_s + STAGGER_S * int(os.environ["SLURM_PROCID"])
+    patience_s = load_config(order.config).launch.silence_s + STAGGER_S * int(sys.argv[3])
     watch(order, sys.argv[2], patience_s)
 
 

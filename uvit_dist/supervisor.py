@@ -33,7 +33,7 @@ INDEPENDENT = ("precompute", "evaluate", "reference")
 PREFLIGHT = "preflight"
 """The job of a step before the first attempt in an allocation: ranks talk, and are timed (``launch.preflight``)."""
 SEE_S, LEASE_S = 5.0, 30.0
-"""Seconds between looks at new checkpoints and for a missing guard; and at the lease."""
+"""Seconds between looks at new checkpoints and for a missing guard; and at the lease, and for dead sentries."""
 log = logging.getLogger("uvit_dist.supervisor")
 
 
@@ -161,7 +161,8 @@ class Supervisor:
         heard = [outcome.heard_at[host] for host in outcome.hosts if host in outcome.heard_at]
         # there they end themselves, when nobody has answered them for silence_s; they look after each beat
         until = max(heard, default=time.monotonic()) + self.limits.silence_s + BEAT_S + CONNECT_S
-        log.info("waiting %.0f s, until no rank can live on %s", max(0.0, until - time.monotonic()), outcome.hosts)
+        left = max(0.0, until - time.monotonic())
+        log.info("waiting %.0f s, until no rank can live on %s", left, ", ".join(outcome.hosts))
         while time.monotonic() < until and not any(self._stopping()):
             time.sleep(0.2)
         return True
@@ -228,6 +229,7 @@ class Supervisor:
         if now >= self._lease_at:
             self._lease_at = now + LEASE_S
             self._check_lease()
+            self.sentries.post([*self.placement.spares, *self.hosts])
         was_cancelled = self.notices.cancelled
         stop, end = self.notices.look()
         if self.notices.cancelled and not was_cancelled:  # at once: SLURM may give no more time
