@@ -115,6 +115,8 @@ class Supervisor:
                 return None
         else:
             outcome = self._attempt()
+        if outcome.verdict.cause == "node_lost" and outcome.hosts and self.order.no_kill:
+            outcome = self._with_lost_spares(outcome)
         self._note_end(outcome)
         self.follow_ups.see()
         verdict = outcome.verdict
@@ -134,9 +136,7 @@ class Supervisor:
     def _place(self, events: list[attempts.Event]) -> list[str]:
         """Choose the hosts of the next step among those that start a process, spares as well. Returns those that are
         lost, where too few are left."""
-        left = [host for host in self.allocation if host not in self.lost]
-        found = slurm.lost_hosts(self.succession.job, left, host_name())
-        self.lost.update(found)
+        found = self._probe()
         placement = self._placement(events)
         if placement is None:
             return found or sorted(self.lost)
@@ -147,14 +147,30 @@ class Supervisor:
         self.sentries.post([*placement.spares, *placement.hosts])
         return []
 
+    def _probe(self) -> list[str]:
+        """Try every host that is left in the allocation. Returns those that are lost now."""
+        left = [host for host in self.allocation if host not in self.lost]
+        found = slurm.lost_hosts(self.succession.job, left, host_name())
+        self.lost.update(found)
+        return found
+
+    def _with_lost_spares(self, outcome: Outcome) -> Outcome:
+        """What ended a step may have struck hosts beside it: told in one, it is one failure."""
+        self.lost.update(outcome.hosts)
+        if not (others := self._probe()):
+            return outcome
+        verdict = _lost(f"{outcome.verdict.reason}; ", others)
+        return replace(outcome, verdict=verdict, hosts=[*outcome.hosts, *others])
+
     def _placement(self, events: list[attempts.Event]) -> Placement | None:
         counts = (self.order.nodes, *self.order.shrinks_to)
         return place(self.allocation, self.lost, attempts.hosts_to_exclude(events), counts)
 
     def _goes_on(self, outcome: Outcome) -> bool:
         """Whether the rest of the allocation will do, after a loss; then no rank lives on the lost hosts any more."""
-        self.lost.update(outcome.hosts)
-        if not outcome.hosts or self.notices.reason is not None or self._placement(self._events()) is None:
+        if not self.order.no_kill or not outcome.hosts or self.notices.reason is not None:
+            return False
+        if self._placement(self._events()) is None:
             return False
         if slurm.fate(self.succession.job) != "runs":  # SLURM requeues or ends it, whatever is left
             return False
