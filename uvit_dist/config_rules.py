@@ -198,9 +198,9 @@ def _node_loss_rules(sections: Mapping[str, Any]) -> list[Rule]:
         ),
         (
             least >= launch.nodes or bool(smaller_node_counts(sections)),
-            f"launch.min_nodes {least}: on {least} to {launch.nodes - 1} nodes of {launch.processes_per_node} rank(s) "
-            f"none is a valid number of ranks (they must divide data.lanes {lanes}; speed.cuda_graphs has rules, too); "
-            "lower it, or leave it out",
+            f"launch.min_nodes {least}: no number of nodes from {least} to {launch.nodes - 1} will do: their ranks, "
+            f"{launch.processes_per_node} each, must divide data.lanes {lanes} (and keep the rules of "
+            "speed.cuda_graphs); lower it, or leave it out",
         ),
     ]
 

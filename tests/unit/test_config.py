@@ -74,7 +74,7 @@ def test_types_are_strict_but_yaml_numbers_are_numbers():
         (["launch.min_nodes=2"], "launch.min_nodes 2 must be at most launch.nodes 1; lower it, or leave it out"),
         (
             ["launch.target=slurm", "launch.nodes=4", "launch.min_nodes=3"],
-            "launch.min_nodes 3: on 3 to 3 nodes of 2 rank(s) none is a valid number of ranks (they must divide",
+            "launch.min_nodes 3: no number of nodes from 3 to 3 will do: their ranks, 2 each, must divide data.lanes 8",
         ),
         (["run_dir=s3://bucket/run"], "run_dir s3://bucket/run must be a local path, not a URL"),
         (["seed=18446744073709551616"], "seed: 18446744073709551616: Input should be less than"),
