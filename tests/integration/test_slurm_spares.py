@@ -64,7 +64,9 @@ def test_with_neither_left_it_goes_through_the_queue(start, whole, cluster):
     assert job.causes == ["node_lost", "done"]
     assert job.of("ended")[0]["hosts"] == lost
     again = job.of("attempt")[-1]
-    assert (again["restart"], len(again["hosts"]), len(again["spares"])) == (1, 2, 1), "it asks for all of them again"
+    assert (again["restart"], len(again["hosts"])) == (1, 2)
+    assert len(job.of("started")[1]["hosts"]) == 3, "it asks for all of them again"
+    assert again["left_out"] == [lost[1]], "no spare of a host that was lost before, as long as it is not needed"
 
 
 def test_the_batch_process_is_lost_with_its_node(start, whole, cluster):
