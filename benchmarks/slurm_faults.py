@@ -8,7 +8,8 @@ and until the first step that had not been made before, which is what is lost; a
 step takes about nothing, so that the seconds are those of noticing, requeueing, starting and resuming; on a cluster
 of your own add its time to import and to resume, and the steps since the last save. SLURM's own limits are those of
 the rehearsal cluster: a silent node is called DOWN after 15 s (default 300), a requeued job held for 5 s (default 120).
-The gate: every run ends done, with the losses of the undisturbed one, bit for bit. Exit code 1 where it fails.
+The gate: every run ends done, with the losses of the undisturbed one, bit for bit, or within 1e-5 where fewer ranks go
+on. Exit code 1 where it fails.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def kill_rank(job: SlurmJob) -> None:
 
 
 def stop_rank(job: SlurmJob) -> None:
-    """SIGSTOP of one rank: it is found by its silence (launch.silence_s 8)."""
+    """SIGSTOP of one rank: it is found by its silence (launch.silence_s 12)."""
     job.kill(job.cluster.rank_process(1), number=signal.SIGSTOP)
 
 
@@ -79,6 +80,15 @@ FAULTS: dict[str, Fault] = {
     "preemption": preempt,
     "scancel --signal=USR2": signal_job,
     "supervisor killed": kill_supervisor,
+    "node lost, with a spare": lose_node,
+    "node lost, fewer go on": lose_node,
+    "node of the batch process lost, with a spare": lose_batch_node,
+}
+SHRUNK = ("node lost, fewer go on",)
+OPTIONS = {
+    "node lost, with a spare": ["launch.spares=1"],
+    "node lost, fewer go on": ["launch.min_nodes=1"],
+    "node of the batch process lost, with a spare": ["launch.spares=1"],
 }
 
 
@@ -112,12 +122,15 @@ def measure(directory: Path, rounds: int, chosen: list[str]) -> dict[str, Any]:
         whole = SlurmJob(cluster, data_dir, directory / "whole" / "run", fault="").launch()
         assert whole.wait_for_end()["cause"] == "done", whole.told()
         for number in range(rounds):
-            for name in chosen:
-                folder = directory / f"{number}-{FAULTS[name].__name__}"
+            for place, name in enumerate(chosen):
+                folder = directory / f"{number}-{place}"
                 folder.mkdir()
-                job = SlurmJob(cluster, data_dir, folder / "run")
+                job = SlurmJob(cluster, data_dir, folder / "run", *OPTIONS.get(name, []))
                 found.setdefault(name, []).append(meet(FAULTS[name], job))
-                equal = equal and losses(job.run_dir) == losses(whole.run_dir)
+                ours, theirs = losses(job.run_dir), losses(whole.run_dir)
+                most = 1e-5 if name in SHRUNK else 0.0
+                equal = equal and ours.keys() == theirs.keys()
+                equal = equal and all(abs(ours[step] - theirs[step]) <= most * theirs[step] for step in ours)
                 print(f"{name:32} {found[name][-1]}", flush=True)
                 for node in cluster.nodes:
                     if node not in cluster.living_nodes():
@@ -126,8 +139,8 @@ def measure(directory: Path, rounds: int, chosen: list[str]) -> dict[str, Any]:
         restarts = attempts.read(whole.run_dir / "launch" / "train")
     start = {event["event"]: event["time"] for event in restarts}
     against = {name: [one["lost_s"] for one in several] for name, several in found.items()}
-    gates = {"every run ends with the losses of the undisturbed one, bit for bit": equal}
-    setting = {"ranks": 2, "nodes": 2, "steps": STEPS, "checkpoint_every": EVERY, "slowed": SLOW, "silence_s": 8,
+    gates = {"every run ends with the losses of the undisturbed one, bit for bit; of fewer ranks within 1e-5": equal}
+    setting = {"ranks": 2, "nodes": 2, "steps": STEPS, "checkpoint_every": EVERY, "slowed": SLOW, "silence_s": 12,
                "SlurmdTimeout_s": 15, "hold_s": 5, "fault_after_step": AT_STEP,
                "undisturbed_start_s": round(start["running"] - start["attempt"], 2)}  # fmt: skip
     return result("slurm_faults", {}, against, gates, {"unit": "seconds; steps", **found}, setting, COMMAND)

@@ -15,10 +15,15 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     """The output of ``status --json``; the lines for people must come, too."""
     command = [sys.executable, "-m", "uvit_dist.status", str(run_dir)]
     told = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     state = json.loads(told.stdout)
-    assert state["state"] in lines.stdout.splitlines()[0] or state["state"] != "finished"
+    assert state["state"] in status_lines(run_dir).splitlines()[0] or state["state"] != "finished"
     return state
+
+
+def status_lines(run_dir: Path) -> str:
+    """What status says for people."""
+    command = [sys.executable, "-m", "uvit_dist.status", str(run_dir)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def assert_status_tells(run_dir: Path, name: str = "train", **expected: Any) -> dict[str, Any]:

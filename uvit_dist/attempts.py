@@ -104,6 +104,12 @@ def finished(events: Sequence[Event]) -> Event | None:
     return end
 
 
+def handed_over(events: Sequence[Event], job_id: str) -> bool:
+    """Whether a job has left the run to another, its successor or guard."""
+    ways = [event["how"] for event in events if event["event"] == "requeued" and event["job_id"] == job_id]
+    return bool(ways) and ways[-1] in ("sbatch", "guard")
+
+
 def open_attempt(events: Sequence[Event]) -> Event | None:
     """The last attempt, if nothing says how it ended: its supervisor died."""
     begun = None
@@ -146,6 +152,8 @@ def hosts_to_exclude(events: Sequence[Event]) -> list[str]:
     """Hosts that a new job should not be given: lost ones, and those blamed for several failures of ranks."""
     blamed: Counter[str] = Counter()
     for event in events:
+        if event["event"] == "attempt":  # also spares that were found dead, for which no attempt ended
+            blamed.update(dict.fromkeys(event.get("lost", []), BLAMED_TWICE))
         if event["event"] == "ended" and event.get("cause") not in (*INNOCENT, *FINAL.values()):
             for host in event.get("hosts", []):
                 blamed[host] += BLAMED_TWICE if event["cause"] == "node_lost" else 1

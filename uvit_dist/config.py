@@ -223,6 +223,15 @@ class LaunchConfig(Section):
 
     target: Literal["local", "slurm"] = Field("local", description="processes on this machine, or a SLURM job")
     nodes: int = Field(1, gt=0, description="machines")
+    spares: int = Field(
+        0, ge=0, description="nodes beside those in a SLURM job of training, which wait until one is lost"
+    )
+    min_nodes: int | None = Field(
+        None,
+        gt=0,
+        description="nodes that training goes on with, at least, where some are lost and no spare is left: the most of "
+        "them whose ranks divide data.lanes; none: the job goes back to the queue",
+    )
     processes_per_node: int = Field(gt=0, description="ranks on each machine, one for each GPU")
     timeout_s: float = Field(600.0, gt=0, description="seconds a collective may take before the ranks give up")
     cluster: str | None = Field(

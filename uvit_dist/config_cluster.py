@@ -16,6 +16,9 @@ from uvit_dist.errors import ConfigError, DataError
 SHORTEST_LEAD_S, LONGEST_LEAD_SHARE = 60, 0.25
 """Least seconds of warning before the time limit; most of it as a share of the limit. SLURM looks once in 30 s."""
 
+ONE_NODE = ("launch.nodes=1", "launch.spares=0", "launch.min_nodes=null")
+"""Overrides for jobs that have one, whatever the configuration says of training."""
+
 
 class ContainerConfig(Section):
     """The image that the ranks run in. The supervisor stays outside, where SLURM's commands are."""
@@ -105,6 +108,8 @@ class Order(Section):
     python: str = Field(description="interpreter of the batch process, and of ranks without a container")
     nodes: int = Field(gt=0)
     processes_per_node: int = Field(gt=0)
+    spares: int = Field(0, ge=0, description="nodes beside those, which wait until one is lost")
+    shrinks_to: tuple[int, ...] = Field((), description="smaller numbers of nodes that will do, the largest first")
     profile: ClusterProfile = ClusterProfile()
     signal_lead_s: int = Field(gt=0, description="seconds before the time limit")
     then: tuple[str, ...] = Field((), description="jobs that each committed checkpoint starts: evaluate")
@@ -115,6 +120,16 @@ class Order(Section):
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes that the job asks for."""
+        return self.nodes + self.spares
+
+    @property
+    def no_kill(self) -> bool:
+        """Whether the job goes on in its allocation where a node of it is lost."""
+        return self.spares > 0 or bool(self.shrinks_to)
 
     @property
     def job_name(self) -> str:

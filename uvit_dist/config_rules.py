@@ -30,6 +30,7 @@ def rules_between(sections: Mapping[str, Any]) -> list[Rule]:
         _profile_rules,
         _path_rules,
         _launch_rules,
+        _node_loss_rules,
     )
     for group in groups:
         with contextlib.suppress(KeyError):
@@ -179,8 +180,41 @@ def _launch_rules(sections: Mapping[str, Any]) -> list[Rule]:
             launch.target != "local" or launch.nodes == 1,
             f"launch.nodes {launch.nodes}: launch.target local is this machine alone; set launch.nodes 1",
         ),
+        (
+            launch.target != "local" or launch.spares == 0,
+            f"launch.spares {launch.spares}: launch.target local has no other nodes; set launch.spares 0",
+        ),
         *batch_rules(sections["train"], sections["data"], launch.nodes * launch.processes_per_node),
     ]
+
+
+def _node_loss_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    launch, lanes = sections["launch"], sections["data"].lanes
+    least = launch.nodes if launch.min_nodes is None else launch.min_nodes
+    return [
+        (
+            least <= launch.nodes,
+            f"launch.min_nodes {least} must be at most launch.nodes {launch.nodes}; lower it, or leave it out",
+        ),
+        (
+            least >= launch.nodes or bool(smaller_node_counts(sections)),
+            f"launch.min_nodes {least}: no number of nodes from {least} to {launch.nodes - 1} will do: their ranks, "
+            f"{launch.processes_per_node} each, must divide data.lanes {lanes} (and keep the rules of "
+            "speed.cuda_graphs); lower it, or leave it out",
+        ),
+    ]
+
+
+def smaller_node_counts(sections: Mapping[str, Any]) -> tuple[int, ...]:
+    """Numbers of nodes that a training may shrink to, the largest first: from below launch.nodes to launch.min_nodes,
+    those on which its ranks divide data.lanes, and what else depends on their number holds."""
+    launch, found = sections["launch"], []
+    for nodes in range(launch.nodes - 1, (launch.nodes if launch.min_nodes is None else launch.min_nodes) - 1, -1):
+        smaller = {**sections, "launch": launch.model_copy(update={"nodes": nodes})}
+        rules = batch_rules(sections["train"], sections["data"], nodes * launch.processes_per_node)
+        if all(holds for holds, _ in [*rules, *_graph_rules(smaller)]):
+            found.append(nodes)
+    return tuple(found)
 
 
 def batch_rules(train: Any, data: Any, world_size: int) -> list[Rule]:

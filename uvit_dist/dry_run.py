@@ -15,7 +15,7 @@ from pathlib import Path
 
 from uvit_dist import attempts, forecast, orders, storage, submit
 from uvit_dist.config import Config
-from uvit_dist.config_cluster import ClusterProfile, job_directory, read_profile
+from uvit_dist.config_cluster import ClusterProfile, Order, job_directory, read_profile
 from uvit_dist.errors import UserError
 
 PATIENCE_S = 5.0
@@ -52,9 +52,12 @@ def dry_run(config: Config, job: str, then: Sequence[str] = (), array: int | Non
             report.warnings.append("launch.cluster is not set: the profile's defaults are used; slurm/ has examples")
     else:
         report.lines.append(f"launch.target local: {world} process(es) on this machine, no batch script")
-    report.title(f"{job}: {order.nodes * (array or 1)} node(s) of {order.processes_per_node} rank(s)")
+    spares = f", {order.spares} spare node(s)" if order.spares else ""
+    report.title(f"{job}: {order.nodes * (array or 1)} node(s) of {order.processes_per_node} rank(s){spares}")
     if job == "train":
-        _train(report, config, profile, order.nodes, world, order.signal_lead_s)
+        hours = _train(report, config, profile, order.nodes, world, order.signal_lead_s)
+        if order.no_kill and config.launch.target == "slurm":
+            _lost_node(report, config, order, hours)
         for follow_up in then:
             report.add(f"then {follow_up}", "a job of one node for each checkpoint", "configured")
     elif job == "evaluate":
@@ -65,7 +68,8 @@ def dry_run(config: Config, job: str, then: Sequence[str] = (), array: int | Non
     return "\n".join(report.lines)
 
 
-def _train(report: _Report, config: Config, profile: ClusterProfile, nodes: int, world: int, lead_s: int) -> None:
+def _train(report: _Report, config: Config, profile: ClusterProfile, nodes: int, world: int, lead_s: int) -> float:
+    """Returns the hours that the training takes."""
     cut, model, train = forecast.batch(config, world), config.model, config.train
     report.add("parameters", f"{forecast.parameters(model):,}", "computed")
     report.add(
@@ -90,6 +94,29 @@ def _train(report: _Report, config: Config, profile: ClusterProfile, nodes: int,
         report.add("time limit", f"{chain}; told to save {lead_s} s before the limit", "computed of the profile")
         if not jobs:
             report.warnings.append("the profile's time_limit_min is too short for a start and a save")
+    return hours
+
+
+def _lost_node(report: _Report, config: Config, order: Order, hours: float) -> None:
+    """What becomes of the job when it loses a node, and what it costs to be ready for that."""
+    report.title("a lost node")
+    per_node, profile = order.processes_per_node, order.profile
+    if order.spares:
+        idle = order.spares * per_node
+        share = f"{order.spares / order.all_nodes:.1%} of what the job holds"
+        report.add("first a spare", f"{order.spares} node(s) wait: {idle * hours:,.0f} GPU hours, {share}", "computed")
+    for count in order.shrinks_to:
+        world = count * per_node
+        cut = forecast.batch(config, world)
+        memory = forecast.gpu_memory(config.model, config.train, config.zero, world, cut.micro).total / GB
+        text = f"{cut.micro} images x {cut.accumulation} pass(es) x {world} rank(s), {memory:.2f} GB of a GPU"
+        report.add(f"then {count} node(s)", text, "computed")
+        if profile.gpus_per_node and memory > profile.gpu_memory_gb:
+            report.warnings.append(
+                f"launch.min_nodes {config.launch.min_nodes}: on {count} node(s) a GPU lacks "
+                f"{memory - profile.gpu_memory_gb:.1f} GB; raise it above {count}"
+            )
+    report.add("then the queue", f"for {order.all_nodes} node(s)", "configured")
 
 
 def _memory(report: _Report, config: Config, profile: ClusterProfile, world: int, micro: int) -> None:

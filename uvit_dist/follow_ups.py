@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uvit_dist import attempts, orders, pins, slurm
-from uvit_dist.config_cluster import Order, job_directory
+from uvit_dist.config_cluster import ONE_NODE, Order, job_directory
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import UnavailableError
 
@@ -61,13 +61,15 @@ class FollowUps:
     def _submit(self, job: str, step: int) -> None:
         directory = follow_up_directory(self._order.run_dir, job, step)
         checkpoint = f"{self._order.run_dir}/checkpoints/step-{step:08d}"
-        config = load_config(self._order.config, [f"{job}.checkpoint={checkpoint}", "launch.nodes=1"])
+        config = load_config(self._order.config, [f"{job}.checkpoint={checkpoint}", *ONE_NODE])
         changes = {
             "job": job,
             "name": directory.name,
             "directory": str(directory),
             "config": str(directory / "config.yaml"),
             "nodes": 1,
+            "spares": 0,
+            "shrinks_to": (),
             "then": (),
             "checkpoint": checkpoint,
         }

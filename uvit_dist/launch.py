@@ -21,7 +21,7 @@ import sys
 
 from uvit_dist import slurm, storage
 from uvit_dist.config import Config
-from uvit_dist.config_cluster import read_profile
+from uvit_dist.config_cluster import ONE_NODE, read_profile
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import ConfigError, OutputError, explained_exit
 from uvit_dist.evaluation import sweep
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=VALUES", help=sweep.HELP)
     parser.add_argument("--local", type=int, metavar="N", help="run N processes on this machine, whatever launch says")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the SLURM job, whatever launch says")
+    parser.add_argument("--spares", type=int, metavar="N", help="nodes that wait until one is lost (launch.spares)")
     parser.add_argument("--array", type=int, metavar="N", help="N SLURM jobs of a node each that share the work")
     parser.add_argument(
         "--then", action="append", default=[], choices=["evaluate"],
@@ -56,6 +57,8 @@ def main() -> None:
     for wrong, why in (
         (args.array is not None and args.job not in ARRAYS, f"--array is for --job {' or '.join(ARRAYS)}"),
         (args.array is not None and args.nodes is not None, "--array jobs have a node each: leave out --nodes"),
+        (args.spares is not None and args.job != "train", "--spares is for --job train"),
+        (args.spares is not None and args.local is not None, "--local and --spares exclude each other"),
         (args.array is not None and args.array < 1, "--array must be positive"),
         (args.then and args.job != "train", "--then is for --job train"),
         (args.local is not None and args.nodes is not None, "--local and --nodes exclude each other"),
@@ -81,11 +84,13 @@ def main() -> None:
 def _as_overrides(args: argparse.Namespace) -> list[str]:
     if args.job == "reference":  # one process does it
         target = [] if args.local is None else ["launch.target=local"]
-        return [*target, "launch.nodes=1", "launch.processes_per_node=1"]
+        return [*target, *ONE_NODE, "launch.processes_per_node=1"]
     if args.local is not None:
-        return ["launch.target=local", "launch.nodes=1", f"launch.processes_per_node={args.local}"]
-    nodes = 1 if args.array is not None else args.nodes
-    return [] if nodes is None else [f"launch.nodes={nodes}"]
+        return ["launch.target=local", *ONE_NODE, f"launch.processes_per_node={args.local}"]
+    if args.array is not None:
+        return [*ONE_NODE]
+    asked = {"nodes": args.nodes, "spares": args.spares}
+    return [f"launch.{key}={value}" for key, value in asked.items() if value is not None]
 
 
 def _run_here(config: Config, job: str) -> int:
@@ -117,7 +122,8 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
         with storage.locked(config.run_dir):  # no local job is in it
             pass
     job_ids = orders.place(wanted, config)
-    shape = f"{wanted[0].nodes} node(s) of {wanted[0].processes_per_node} rank(s)"
+    spares = f" and {wanted[0].spares} spare(s)" if wanted[0].spares else ""
+    shape = f"{wanted[0].nodes} node(s) of {wanted[0].processes_per_node} rank(s){spares}"
     print(f"submitted: job {' '.join(job_ids)}, {shape}, {wanted[0].run_dir}", flush=True)
     if args.follow:
         return follow.follow(wanted)

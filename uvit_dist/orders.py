@@ -12,6 +12,7 @@ from uvit_dist import attempts, lease, pins, snapshot, storage, submit
 from uvit_dist.attempts import AttemptLog
 from uvit_dist.config import Config
 from uvit_dist.config_cluster import ClusterProfile, Order, job_directory, write_order
+from uvit_dist.config_rules import smaller_node_counts
 from uvit_dist.config_yaml import dump_config
 from uvit_dist.errors import ConfigError
 
@@ -29,6 +30,7 @@ def make_order(
             f"launch.processes_per_node {per_node}: a node of this cluster has {profile.gpus_per_node} GPUs "
             "(gpus_per_node of launch.cluster), and each rank needs one; use fewer"
         )
+    one_job = job == "train"  # the others share their work by leases: a lost node takes only its own share
     name = job if task is None else f"{job}-{task}"
     directory = job_directory(config.run_dir, name)
     code, events = snapshot.place(config.run_dir), []
@@ -46,6 +48,8 @@ def make_order(
         python=profile.python or sys.executable,
         nodes=1 if task is not None else config.launch.nodes,
         processes_per_node=per_node,
+        spares=config.launch.spares if one_job else 0,
+        shrinks_to=smaller_node_counts(dict(config)) if one_job else (),
         profile=profile,
         signal_lead_s=profile.lead_s(attempts.longest_save_s(events)),
         then=tuple(then),
@@ -76,7 +80,8 @@ def place(orders: Sequence[Order], config: Config) -> list[str]:
         raise
     for order, job_id in zip(orders, job_ids, strict=True):
         AttemptLog(order.directory).add(
-            "submitted", job_id=job_id, restart=0, nodes=order.nodes, processes_per_node=order.processes_per_node
-        )
+            "submitted", job_id=job_id, restart=0, nodes=order.nodes, spares=order.spares,
+            processes_per_node=order.processes_per_node,
+        )  # fmt: skip
         lease.confirm(order.directory, job_id)
     return job_ids

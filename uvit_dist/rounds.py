@@ -1,6 +1,6 @@
 """One step of ranks under ``srun``: started, watched through their heartbeats, ended. What follows is the supervisor's.
 
-Whatever happens, when ``run`` returns no rank of the step lives, or the host that may hold one is named as lost.
+Whatever happens, when ``run`` returns no rank of the step lives, or each host that may hold one is named as lost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -36,12 +36,14 @@ log = logging.getLogger("uvit_dist.supervisor")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended. hosts: those blamed; last_step: updates made, by the last beats."""
+    """How a step ended. hosts: those blamed; last_step: updates made, by the last beats; heard_at: host → when a rank
+    of it that has not told its end was last heard, monotonic seconds."""
 
     verdict: Verdict
     hosts: list[str]
     last_step: int | None
     save_s: float | None
+    heard_at: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,7 +96,9 @@ class Round:
         blamed = lost or list(dict.fromkeys(views[rank].host for rank in verdict.ranks if views[rank].host))
         steps = [view.step for view in views if view.step is not None]
         saves = [view.save_s for view in views if view.save_s is not None]
-        return Outcome(verdict, blamed, max(steps, default=None), max(saves, default=None))
+        heard = sorted((view.heard_at, view.host) for view in self.server.views() if view.heard_at and not view.end)
+        last = {host: heard_at for heard_at, host in heard}
+        return Outcome(verdict, blamed, max(steps, default=None), max(saves, default=None), last)
 
     def command(self, name: str) -> list[str]:
         """``srun`` and its options for this round, and what each task runs. name: of the step."""
@@ -216,8 +220,9 @@ class Round:
                     return True, []
                 if lost is None and passed > DIE_S:
                     lost = pool.submit(self._lost_hosts, job_id)
-                if lost is not None and lost.done() and lost.result() and srun.poll() is not None:
-                    return False, lost.result()
+                gone = lost.result() if lost is not None and lost.done() else []
+                if gone and srun.poll() is not None and all(view.host in gone for view in left):
+                    return False, gone
                 if passed > END_S:
                     srun.kill()
                     srun.wait()

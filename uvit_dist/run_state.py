@@ -128,8 +128,10 @@ def _attempts(events: Sequence[Event]) -> tuple[list[Json], list[Json]]:
         newest = found[-1] if found and found[-1]["ended"] is None else None
         if event["event"] == "attempt":
             keys = ("attempt", "job_id", "restart", "hosts", "world_size", "from_step")
+            placed = {key: event.get(key, []) for key in ("spares", "stand_ins", "left_out")}
+            placed["wanted"] = event.get("wanted", event["world_size"])  # those of older runs do not say
             unknown = {"running": None, "ended": None, "cause": None, "last_step": None}
-            found.append({**{key: event[key] for key in keys}, "began": event["time"], **unknown})
+            found.append({**{key: event[key] for key in keys}, **placed, "began": event["time"], **unknown})
         elif event["event"] == "running" and newest is not None:
             newest["running"] = event["time"]
         elif event["event"] == "ended":
@@ -288,4 +290,17 @@ def _last_sign(directory: Path) -> float | None:
 def world(job: Mapping[str, Any]) -> str:
     """Where a job's newest attempt ran."""
     newest = job["attempts"][-1] if job["attempts"] else None
-    return "" if newest is None else f"{newest['world_size']} ranks on {', '.join(newest['hosts'])}"
+    if newest is None:
+        return ""
+    spares = f", spare: {', '.join(newest['spares'])}" if newest["spares"] else ""
+    return f"{newest['world_size']} ranks on {', '.join(newest['hosts'])}{spares}"
+
+
+def displaced(attempt: Mapping[str, Any]) -> str:
+    """What is not as it was ordered in where an attempt ran: spares that stand in, hosts that lack; or nothing."""
+    told = [f"spare {', '.join(attempt['stand_ins'])}"] if attempt["stand_ins"] else []
+    if attempt["world_size"] < attempt["wanted"]:
+        told.append(f"{attempt['world_size']} of {attempt['wanted']} ranks")
+    if told and attempt["left_out"]:
+        told.append(f"without {', '.join(attempt['left_out'])}")
+    return ", ".join(told)

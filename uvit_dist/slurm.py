@@ -223,13 +223,21 @@ def spared(names: Sequence[str], nodes: int) -> list[str]:
     """Those hosts, if this job's partition has enough others; else none. nodes: that the job needs."""
     if not names:
         return []
-    partition = [f"--partition={os.environ['SLURM_JOB_PARTITION']}"] if "SLURM_JOB_PARTITION" in os.environ else []
     try:
-        lines = _call(["sinfo", "--noheader", "--Node", "--format=%N %t", *partition]).splitlines()
-    except _Failed:
+        sound = usable_nodes(os.environ.get("SLURM_JOB_PARTITION"))
+    except UnavailableError:
         return []
-    sound = {words[0] for words in map(str.split, lines) if words[1:] and words[1].rstrip("$@+") in USABLE}
     return list(names) if len(sound - set(names)) >= nodes else []
+
+
+def usable_nodes(partition: str | None) -> set[str]:
+    """The nodes of a partition (none: of all) that a job could be given, now or later. Raises ``UnavailableError``."""
+    of = [] if partition is None else [f"--partition={partition}"]
+    try:
+        lines = _call(["sinfo", "--noheader", "--Node", "--format=%N %t", *of]).splitlines()
+    except _Failed as error:
+        raise UnavailableError(f"SLURM does not tell its nodes: {error.words}") from None
+    return {words[0] for words in map(str.split, lines) if words[1:] and words[1].rstrip("$@+") in USABLE}
 
 
 def exclude(job_id: str, names: Sequence[str]) -> None:

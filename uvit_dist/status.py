@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uvit_dist.errors import explained_exit
-from uvit_dist.run_state import RUNNING, run_state, world
+from uvit_dist.run_state import RUNNING, displaced, run_state, world
 
 SILENT_S = 120.0
 """A running job whose files have not been written to for so long is said to be silent."""
@@ -90,6 +90,7 @@ def _job(job: Mapping[str, Any]) -> list[str]:
 def _attempt(one: Mapping[str, Any], trains: bool) -> str:
     origin = "the beginning" if one["from_step"] is None else f"step {one['from_step']}"
     text = f"    {one['attempt']:>2}  {_date(one['began'])}  job {one['job_id']} on {_hosts(one['hosts'])}"
+    text += f" ({told})" if (told := displaced(one)) else ""
     text += f", from {origin}: " if trains else ": "
     if one["ended"] is None:
         return text + ("starting" if one["running"] is None else "running")

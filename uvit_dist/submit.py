@@ -129,6 +129,8 @@ def parameters(order: Order, after: str | None = None) -> dict[str, Any]:
         "chdir": order.workdir,
         **{name.lstrip("-"): value for name, value in profile.sbatch.items() if value is not False},
     }
+    if order.no_kill:
+        more["no-kill"] = True
     if after is not None:
         more |= {"dependency": f"afternotok:{after}", "kill-on-invalid-dep": "yes"}
     if profile.gpus_per_node:
@@ -146,7 +148,7 @@ def parameters(order: Order, after: str | None = None) -> dict[str, Any]:
     }
     return {
         "job_name": order.job_name,
-        "nodes": order.nodes,
+        "nodes": order.all_nodes,
         "ntasks_per_node": order.processes_per_node,
         "cpus_per_task": profile.cpus_per_task,
         "time": profile.time_limit_min,

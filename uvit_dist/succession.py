@@ -69,8 +69,8 @@ class Succession:
                 log.info("the job has finished (%s): nothing to do", end["cause"])
                 return True
         mine = [event for event in events if event["event"] == "submitted" and event["job_id"] == self.job]
-        if mine and mine[-1].get("guard_of") and self._restart == 0:
-            before = mine[-1]["guard_of"]
+        before = mine[-1].get("guard_of") if mine else None
+        if before and self._restart == 0 and not attempts.handed_over(events, before):
             waited = events[-1]["event"] == "requeued" and events[-1]["job_id"] == before
             with contextlib.suppress(UnavailableError):
                 state = slurm.job_state(before)
@@ -129,12 +129,12 @@ class Succession:
 
     def _excluded(self) -> list[str]:
         """Hosts that failed, where enough are left without them."""
-        return slurm.spared(attempts.hosts_to_exclude(self._events()), self._order.nodes)
+        return slurm.spared(attempts.hosts_to_exclude(self._events()), self._order.all_nodes)
 
     def _note_submitted(self, job: str) -> None:
         self._record.add(
             "submitted", job_id=job, restart=0, guard_of=self.job, nodes=self._order.nodes,
-            processes_per_node=self._order.processes_per_node,
+            spares=self._order.spares, processes_per_node=self._order.processes_per_node,
         )  # fmt: skip
 
     def cancel_guards(self) -> None:

@@ -1,7 +1,8 @@
 """The batch process of a SLURM job: it starts the ranks, watches them, starts them again, and owns requeueing.
 
 What it decides follows from ``attempts.jsonl`` alone, so that whoever takes over, after a requeue or as a guard, goes
-on where it was. A failure of a rank is mended in the allocation, a lost node by requeueing; a stop (preemption, the
+on where it was. A failure of a rank is mended in the allocation; a lost node by a spare, by fewer nodes where the
+configuration allows that, or by requeueing (``placement``); a stop (preemption, the
 time limit, a signal) saves and requeues; a mistake, or ``launch.attempts`` failures without a checkpoint, end the job.
 """
 
@@ -14,24 +15,25 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from uvit_dist import attempts, beats, lease, run_state, slurm
+from uvit_dist import attempts, beats, lease, run_state, sentry, slurm
 from uvit_dist.attempts import AttemptLog
 from uvit_dist.config_cluster import Order, read_order
 from uvit_dist.config_yaml import load_config
 from uvit_dist.errors import INTERRUPTED_EXIT_CODE, OutputError, UserError
 from uvit_dist.follow_ups import FollowUps
 from uvit_dist.notices import Notices
+from uvit_dist.placement import Placement, place
 from uvit_dist.rounds import Outcome, Round
 from uvit_dist.succession import Succession
 from uvit_dist.verdicts import FAILURES, Limits, Verdict
-from uvit_dist.watchdog import host_name
+from uvit_dist.watchdog import BEAT_S, CONNECT_S, host_name
 
 INDEPENDENT = ("precompute", "evaluate", "reference")
 """Jobs whose ranks can do without each other."""
 PREFLIGHT = "preflight"
 """The job of a step before the first attempt in an allocation: ranks talk, and are timed (``launch.preflight``)."""
 SEE_S, LEASE_S = 5.0, 30.0
-"""Seconds between looks at new checkpoints and for a missing guard; and at the lease."""
+"""Seconds between looks at new checkpoints and for a missing guard; and at the lease, and for dead sentries."""
 log = logging.getLogger("uvit_dist.supervisor")
 
 
@@ -67,23 +69,26 @@ class Supervisor:
         self.preflight = launch.preflight and order.nodes > 1 and order.job == "train"
         self.record = AttemptLog(order.directory)
         self.succession, self.follow_ups = Succession(order, self.record), FollowUps(order)
-        self.hosts = slurm.hosts()
+        self.allocation, self.lost = slurm.hosts(), set[str]()
+        self.placement = Placement(tuple(self.allocation[: order.nodes]))
+        self.checked, self.sentries = frozenset[str](), sentry.Sentries(order)
         self._see_at, self._lease_at = 0.0, time.monotonic() + LEASE_S
 
     def run(self) -> int:
         """Take over, then attempt after attempt. Returns the exit code."""
         if not self.succession.take_over(self.limits.silence_s):
             return 0
-        self.record.add("started", hosts=self.hosts)
-        log.info("job %s on %s", self.succession.job, ", ".join(self.hosts))
+        self.record.add("started", hosts=self.allocation)
+        log.info("job %s on %s", self.succession.job, ", ".join(self.allocation))
         self.notices.know_the_limit(self.order.profile.lead_s(attempts.longest_save_s(self._events())))
         self.succession.ensure_guard()
-        self.address, self.server = beats.serve(host_name(), self.hosts, self.limits.silence_s)
+        self.address, self.server = beats.serve(host_name(), self.allocation, self.limits.silence_s)
         try:
             while (code := self._next()) is None:
                 pass
             return code
         finally:
+            self.sentries.close()
             self.server.close()
 
     def _events(self) -> list[attempts.Event]:
@@ -100,32 +105,95 @@ class Supervisor:
             return self._finish(Verdict("cancelled", "cancelled", INTERRUPTED_EXIT_CODE))
         if self.notices.reason is not None:
             return self.succession.requeue(self.notices.reason)
-        if lost := self._lost_hosts():
+        if lost := self._place(events):
             self._note_end(Outcome(_lost("", lost), lost, None, None))
             return self.succession.requeue(f"lost {', '.join(lost)}")
-        if self.preflight:
+        if self.preflight and not self.checked.issuperset(self.hosts):
             outcome = self._check_ranks(attempts.number_of_attempts(events))
-            self.preflight = outcome.verdict.cause != "done"
-            if not self.preflight:
+            if outcome.verdict.cause == "done":
+                self.checked |= set(self.hosts)
                 return None
         else:
             outcome = self._attempt()
+        if outcome.verdict.cause == "node_lost" and outcome.hosts and self.order.no_kill:
+            outcome = self._with_lost_spares(outcome)
         self._note_end(outcome)
         self.follow_ups.see()
         verdict = outcome.verdict
         if verdict.cause in ("done", "cancelled") or verdict.exit_code in attempts.FINAL:
             return self._finish(verdict)
-        if verdict.cause in ("stopped", "node_lost"):
+        if verdict.cause == "stopped" or (verdict.cause == "node_lost" and not self._goes_on(outcome)):
             return self.succession.requeue(self.notices.reason or verdict.reason)
         return None
+
+    # -- the hosts -------------------------------------------------------------------------------------------------
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Where the ranks run."""
+        return self.placement.hosts
+
+    def _place(self, events: list[attempts.Event]) -> list[str]:
+        """Choose the hosts of the next step among those that start a process, spares as well. Returns those that are
+        lost, where too few are left."""
+        found = self._probe()
+        placement = self._placement(events)
+        if placement is None:
+            return found or sorted(self.lost)
+        if placement.hosts != self.hosts:
+            told = f", without {', '.join(placement.left_out)}" if placement.left_out else ""
+            log.info("the ranks run on %s%s", ", ".join(placement.hosts), told)
+        self.placement = placement
+        self.sentries.post([*placement.spares, *placement.hosts])
+        return []
+
+    def _probe(self) -> list[str]:
+        """Try every host that is left in the allocation. Returns those that are lost now."""
+        left = [host for host in self.allocation if host not in self.lost]
+        found = slurm.lost_hosts(self.succession.job, left, host_name())
+        self.lost.update(found)
+        return found
+
+    def _with_lost_spares(self, outcome: Outcome) -> Outcome:
+        """What ended a step may have struck hosts beside it: told in one, it is one failure."""
+        self.lost.update(outcome.hosts)
+        if not (others := self._probe()):
+            return outcome
+        verdict = _lost(f"{outcome.verdict.reason}; ", others)
+        return replace(outcome, verdict=verdict, hosts=[*outcome.hosts, *others])
+
+    def _placement(self, events: list[attempts.Event]) -> Placement | None:
+        counts = (self.order.nodes, *self.order.shrinks_to)
+        return place(self.allocation, self.lost, attempts.hosts_to_exclude(events), counts)
+
+    def _goes_on(self, outcome: Outcome) -> bool:
+        """Whether the rest of the allocation will do, after a loss; then no rank lives on the lost hosts any more."""
+        if not self.order.no_kill or not outcome.hosts or self.notices.reason is not None:
+            return False
+        if self._placement(self._events()) is None:
+            return False
+        if slurm.fate(self.succession.job) != "runs":  # SLURM requeues or ends it, whatever is left
+            return False
+        heard = [outcome.heard_at[host] for host in outcome.hosts if host in outcome.heard_at]
+        # there they end themselves, when nobody has answered them for silence_s; they look after each beat
+        until = max(heard, default=time.monotonic()) + self.limits.silence_s + BEAT_S + CONNECT_S
+        left = max(0.0, until - time.monotonic())
+        log.info("waiting %.0f s, until no rank can live on %s", left, ", ".join(outcome.hosts))
+        while time.monotonic() < until and not any(self._stopping()):
+            time.sleep(0.2)
+        return True
 
     # -- an attempt ------------------------------------------------------------------------------------------------
 
     def _attempt(self) -> Outcome:
         """Run the ranks of the job once."""
         from_step = attempts.newest_checkpoint(self.order.run_dir)
-        world_size = len(self.hosts) * self.order.processes_per_node
-        number = self.record.add("attempt", hosts=self.hosts, world_size=world_size, from_step=from_step)["attempt"]
+        world_size, placement = len(self.hosts) * self.order.processes_per_node, self.placement
+        number = self.record.add(
+            "attempt", hosts=self.hosts, world_size=world_size, from_step=from_step, wanted=self.order.world_size,
+            spares=placement.spares, stand_ins=placement.stand_ins, left_out=placement.left_out,
+            lost=sorted(self.lost),
+        )["attempt"]  # fmt: skip
         where = "the beginning" if from_step is None else f"the checkpoint of step {from_step}"
         log.info("attempt %d: %s on %d ranks, from %s", number, self.order.job, world_size, where)
         return self._step(self.order.job, number)
@@ -172,9 +240,12 @@ class Supervisor:
             self._see_at = now + SEE_S
             self.follow_ups.see()
             self.succession.ensure_guard()
+            if self.order.no_kill:
+                sentry.show_life(self.order)
         if now >= self._lease_at:
             self._lease_at = now + LEASE_S
             self._check_lease()
+            self.sentries.post([*self.placement.spares, *self.hosts])
         was_cancelled = self.notices.cancelled
         stop, end = self.notices.look()
         if self.notices.cancelled and not was_cancelled:  # at once: SLURM may give no more time

@@ -6,7 +6,7 @@ import torch
 from data_tools import precompute_latents
 from data_tools.fid_reference import write_reference
 from data_tools.sources import DigitsSource
-from tests.integration.slurm_fixtures import cluster, slurm_cluster  # noqa: F401 - fixtures
+from tests.integration.slurm_fixtures import cluster, slurm_cluster, start, whole  # noqa: F401 - fixtures
 from tests.tiny import tiny_config
 
 

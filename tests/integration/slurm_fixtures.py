@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from slurm.rehearsal.cluster import Cluster, missing_programs, needed
+from tests.slurm_jobs import SlurmJob
 
 EMPTY_S = 60
 
@@ -35,3 +37,18 @@ def cluster(slurm_cluster: Cluster) -> Iterator[Cluster]:
     while slurm_cluster.jobs():
         assert time.monotonic() < deadline, slurm_cluster.queue()
         time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def whole(slurm_cluster: Cluster, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SlurmJob:
+    """The undisturbed run, on two nodes: what all others must equal."""
+    job = SlurmJob(slurm_cluster, data_dir, tmp_path_factory.mktemp("whole") / "run", fault="").launch()
+    assert job.wait_for_end()["cause"] == "done", job.told()
+    assert job.causes == ["done"]
+    return job
+
+
+@pytest.fixture
+def start(cluster: Cluster, data_dir: Path, tmp_path: Path, whole: SlurmJob) -> Callable[..., SlurmJob]:
+    """Launches a run."""
+    return lambda *changes, **options: SlurmJob(cluster, data_dir, tmp_path / "run", *changes, **options).launch()

@@ -8,25 +8,10 @@ import time
 import pytest
 
 from tests.integration.s3_fixtures import credentials, proxy, s3_server, upload  # noqa: F401 - fixtures
-from tests.slurm_jobs import EVERY, SLOW, STEPS, SlurmJob, assert_as_if_undisturbed
+from tests.slurm_jobs import EVERY, SLOW, STEPS, assert_as_if_undisturbed
 from tests.tiny import losses, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def whole(slurm_cluster, data_dir, tmp_path_factory):
-    """The undisturbed run."""
-    job = SlurmJob(slurm_cluster, data_dir, tmp_path_factory.mktemp("whole") / "run", fault="").launch()
-    assert job.wait_for_end()["cause"] == "done", job.told()
-    assert job.causes == ["done"]
-    return job
-
-
-@pytest.fixture
-def start(cluster, data_dir, tmp_path, whole):
-    """Launches a run."""
-    return lambda *changes, **options: SlurmJob(cluster, data_dir, tmp_path / "run", *changes, **options).launch()
 
 
 def assert_same_job(job, restarts):

@@ -75,6 +75,8 @@ def test_hosts_are_left_out_when_lost_or_blamed_twice():
     assert attempts.hosts_to_exclude(life("started", "attempt", "rank_died")) == []
     assert attempts.hosts_to_exclude(life("attempt", "rank_died", "attempt", "hang")) == ["n1"]
     assert attempts.hosts_to_exclude(life("attempt", "node_lost")) == ["n1"]
+    found_dead = [{"event": "attempt", "hosts": ["n1"], "lost": ["n3"]}] * 2
+    assert attempts.hosts_to_exclude(found_dead) == ["n3"], "a spare, too"
     assert attempts.hosts_to_exclude(life("attempt", "data", "attempt", "stopped", "attempt", "divergence")) == []
 
 
@@ -116,3 +118,14 @@ def test_the_supervisor_needs_no_torch():
     """It must be there in a second, and leave the node's memory to the ranks."""
     code = "import sys, uvit_dist.supervisor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_job_has_handed_over_once_a_successor_or_guard_is_to_go_on():
+    def requeued(*ways):
+        return [{"event": "requeued", "job_id": "7", "how": how} for how in ways]
+
+    assert not attempts.handed_over(life("started", "attempt"), "7")
+    assert not attempts.handed_over(requeued("sbatch"), "8")
+    assert attempts.handed_over(requeued("scontrol", "sbatch"), "7")
+    assert attempts.handed_over(requeued("guard"), "7")
+    assert not attempts.handed_over(requeued("sbatch", "slurm"), "7"), "it came back itself"

@@ -57,6 +57,9 @@ def test_the_script_says_what_the_order_and_the_profile_say(tmp_path):
         assert options[name] == value, name
     assert "no-kill" not in options
     assert "wckey" not in options
+    for spares, shrinks_to, nodes, no_kill in ((2, (), "6", True), (0, (2, 1), "4", True), (0, (), "4", False)):
+        options = sbatch_options(submit.script(order(tmp_path, profile, spares=spares, shrinks_to=shrinks_to)))
+        assert (options["nodes"], "no-kill" in options) == (nodes, no_kill)
     lines = text.strip().splitlines()
     assert "module load cuda/12.8 || exit 78" in lines
     assert f"export NOTE={shlex.quote(profile.environment['NOTE'])}" in lines

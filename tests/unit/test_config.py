@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import DEMO, ROOT
-from uvit_dist.config_rules import micro_batch_size
+from uvit_dist.config_rules import micro_batch_size, smaller_node_counts
 from uvit_dist.config_yaml import dump_config, load_config
 from uvit_dist.errors import ConfigError
 
@@ -68,6 +68,14 @@ def test_types_are_strict_but_yaml_numbers_are_numbers():
         (["train.precision=bf16", "zero.stage=0"], "train.precision bf16 needs zero.stage 1, 2 or 3"),
         (["diffusion.null_label=3"], "diffusion.null_label 3 must be the last label, 10"),
         (["launch.nodes=2"], "launch.target local is this machine alone; set launch.nodes 1"),
+        (["launch.spares=-1"], "launch.spares: -1: Input should be greater than or equal to 0"),
+        (["launch.spares=1"], "launch.spares 1: launch.target local has no other nodes; set launch.spares 0"),
+        (["launch.min_nodes=0"], "launch.min_nodes: 0: Input should be greater than 0"),
+        (["launch.min_nodes=2"], "launch.min_nodes 2 must be at most launch.nodes 1; lower it, or leave it out"),
+        (
+            ["launch.target=slurm", "launch.nodes=4", "launch.min_nodes=3"],
+            "launch.min_nodes 3: no number of nodes from 3 to 3 will do: their ranks, 2 each, must divide data.lanes 8",
+        ),
         (["run_dir=s3://bucket/run"], "run_dir s3://bucket/run must be a local path, not a URL"),
         (["seed=18446744073709551616"], "seed: 18446744073709551616: Input should be less than"),
         (["data.format=folder"], "data: source: missing; format folder needs it"),
@@ -108,6 +116,27 @@ def test_types_are_strict_but_yaml_numbers_are_numbers():
 )
 def test_broken_rules_are_explained(overrides, message):
     assert message in mistakes(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "counts"),
+    [
+        (["launch.nodes=4"], ()),
+        (["launch.nodes=4", "launch.min_nodes=4"], ()),
+        (["launch.nodes=4", "launch.min_nodes=2"], (2,)),
+        (["launch.nodes=4", "launch.min_nodes=1"], (2, 1)),
+        (["launch.nodes=8", "launch.processes_per_node=1", "launch.min_nodes=1"], (4, 2, 1)),
+        # ZeRO-1 under CUDA graphs takes a rank's batch in one forward pass
+        (
+            ["launch.nodes=4", "launch.min_nodes=1", "speed.compile=true", "speed.cuda_graphs=true", "zero.stage=1",
+             "train.global_batch_size=64", "train.micro_batch_size=16"],
+            (2,),
+        ),
+    ],
+)  # fmt: skip
+def test_the_numbers_of_nodes_that_a_training_may_shrink_to(overrides, counts):
+    config = load_config(DEMO, ["launch.target=slurm", *overrides])
+    assert smaller_node_counts(dict(config)) == counts
 
 
 def test_files_that_are_no_config(tmp_path):

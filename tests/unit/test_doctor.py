@@ -243,6 +243,17 @@ def test_a_partition_and_an_account_that_do_not_exist(tmp_path, monkeypatch):
     assert levels(cluster.check(config, ClusterProfile(account="physics"))) == ["ok", "warning"]
 
 
+def test_spares_that_the_partition_does_not_have(tmp_path, monkeypatch):
+    tells = "echo slurm 24.11.5"
+    nodes = "echo 'n0 idle'; echo 'n1 alloc'; echo 'n2 down*'; echo 'n3 mix'"
+    monkeypatch.setenv("PATH", commands(tmp_path / "bin", sbatch=tells, scontrol=tells, srun=tells, sinfo=nodes))
+    config = demo(tmp_path, "launch.target=slurm", "launch.nodes=2", "launch.processes_per_node=1", "launch.spares=1")
+    assert levels(cluster.check(config, ClusterProfile())) == ["ok", "ok"]
+    told = cluster.check(config, ClusterProfile(exclude=("n3",)))[1]
+    assert (told.level, told.told) == ("warning", "2 can be used; training asks for 2 and 1 spare(s)")
+    assert "lower launch.spares" in told.remedy
+
+
 # -- devices, weights, children --------------------------------------------------------------------------------------
 
 

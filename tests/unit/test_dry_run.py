@@ -128,3 +128,24 @@ def test_only_an_invalid_configuration_is_an_error(wrong):
     done = command("--config", H, wrong)
     assert done.returncode == 78
     assert "error: " in done.stderr
+
+
+def test_what_becomes_of_a_lost_node_and_what_that_costs(tmp_path):
+    (tmp_path / "small.yaml").write_text("gpu_memory_gb: 9\n")
+    keys = ["launch.cluster=small.yaml", "launch.target=slurm"]
+    assert "a lost node" not in dry_run(load_config(H, keys), "train")
+    config = load_config(H, [*keys, "launch.spares=1", "launch.min_nodes=1"])
+    text = dry_run(config, "train")
+    nodes = config.launch.nodes
+    assert sbatch_nodes(text) == nodes + 1
+    assert f"{1 / (nodes + 1):.1%} of what the job holds" in line(text, "first a spare")
+    assert "32 images x 4 pass(es) x 8 rank(s)" in line(text, "then 1 node(s)")
+    assert f"for {nodes + 1} node(s)" in line(text, "then the queue")
+    assert "raise it above 1" in text, "the optimizer's state does not fit on fewer GPUs"
+    assert "a lost node" not in dry_run(config, "evaluate")
+    assert sbatch_nodes(dry_run(config, "evaluate")) == nodes
+
+
+def sbatch_nodes(text):
+    (found,) = [line for line in text.splitlines() if line.startswith("#SBATCH --nodes=")]
+    return int(found.partition("=")[2])

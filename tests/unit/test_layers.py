@@ -52,6 +52,7 @@ LAYERS = {
         "attempts",
         "beats",
         "verdicts",
+        "placement",
         "slurm",
     ],
     3: [
@@ -93,6 +94,7 @@ LAYERS = {
         "supervisor",
         "rounds",
         "succession",
+        "sentry",
         "notices",
         "misfits",
         "worker",

@@ -143,6 +143,24 @@ def test_attempts_tell_where_and_why(tmp_path):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("placed", "told"),
+    [
+        ({}, "job 7 on n0, n1, from the beginning"),
+        ({"wanted": 2, "spares": ["n2"]}, "job 7 on n0, n1, from the beginning"),
+        ({"wanted": 2, "stand_ins": ["n1"], "left_out": ["n9"]}, "job 7 on n0, n1 (spare n1, without n9), from"),
+        ({"wanted": 4, "left_out": ["n9"]}, "job 7 on n0, n1 (2 of 4 ranks, without n9), from the beginning"),
+        ({"wanted": 2, "left_out": ["n9"]}, "job 7 on n0, n1, from the beginning"),  # a spare was found dead
+    ],
+)
+def test_spares_and_fewer_ranks_are_told(tmp_path, placed, told):
+    life = Life(tmp_path)
+    life.attempt(5, **placed)
+    text = describe(run_state(tmp_path, now=20))
+    assert told in text
+    assert ("2 ranks on n0, n1, spare: n2" in text) == ("spares" in placed)
+
+
 def test_the_pre_flight_step_is_told(tmp_path):
     Life(tmp_path).add(1, "submitted")
     path = tmp_path / "launch" / "train" / "preflight.json"

@@ -31,7 +31,22 @@ def check(config: Config | None, profile: ClusterProfile | None) -> list[Finding
             except UnavailableError as error:
                 remedy = f"see that {name} is right: sinfo; sacctmgr show associations user=$USER"
                 found.append(warning(SECTION, what, str(error), remedy))
+    if config is not None and wanted and config.launch.spares:
+        try:
+            usable = slurm.usable_nodes(profile.partition) - set(profile.exclude)
+            found += judge_nodes(config.launch.nodes, config.launch.spares, len(usable))
+        except UnavailableError as error:
+            found.append(warning(SECTION, "nodes", str(error), "see what sinfo says"))
     return found
+
+
+def judge_nodes(nodes: int, spares: int, usable: int) -> list[Finding]:
+    """Whether a training can be given its nodes and spares. usable: nodes that are not down, of the partition."""
+    told = f"{usable} can be used; training asks for {nodes}" + (f" and {spares} spare(s)" if spares else "")
+    if nodes + spares <= usable:
+        return [ok(SECTION, "nodes", told)]
+    remedy = "lower launch.spares or launch.nodes; or wait until nodes are back (sinfo)"
+    return [warning(SECTION, "nodes", told, remedy)]
 
 
 def judge_commands(versions: Mapping[str, str], wanted: bool) -> list[Finding]:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from uvit_dist import score_log, storage
 from uvit_dist.config_yaml import dump_config
-from uvit_dist.run_state import METRICS, config_of, counted, json_lines, run_state
+from uvit_dist.run_state import METRICS, config_of, counted, displaced, json_lines, run_state
 
 Record = Mapping[str, Any]
 POINTS = 800
@@ -124,7 +124,8 @@ def _took(line: Record) -> float:
 def _span(run: Run, one: Record) -> Span:
     end = None if one["ended"] is None else run.hours(one["ended"])
     hosts = ", ".join(one["hosts"][:2]) + (" …" if len(one["hosts"]) > 2 else "")
-    return Span(run.hours(one["began"]), end, f"{one['attempt']}: {hosts}")
+    told = f" ({text})" if (text := displaced(one)) else ""
+    return Span(run.hours(one["began"]), end, f"{one['attempt']}: {hosts}{told}")
 
 
 def curve(lines: Sequence[Record], key: str, x: str = "step", scale: float = 1.0) -> Curve | None:
