@@ -1,17 +1,22 @@
-"""Whose fault it was: a slow rank, a flipped bit of a gradient or of weights, a poisoned sample; each by its real fault.
+"""Whose fault it was: a slow rank, a flipped bit of a gradient or of weights, a poisoned sample.
 
 Every rank of these runs is on a host of its own, n0, n1, …
 """
 
+import io
 import json
 import os
 
+import numpy as np
 import pytest
 
+from data_tools.shard_set import TarSamples
 from tests.integration.jobs import train_job
 from tests.ranks import run_ranks
 from tests.tiny import losses, same_tensors, saved_state, tiny_config
 from uvit_dist import health
+from uvit_dist.data.latents import Sample
+from uvit_dist.data.shards import read_index, write_index, write_shard
 from uvit_dist.page.facts import read_run
 from uvit_dist.page.html import render
 from uvit_dist.run_state import run_state
@@ -28,8 +33,9 @@ def health_job(config):
     return train_job(config)
 
 
-def options(stage):
-    return [*WATCHED, f"zero.stage={stage}", *(["attribution.weights_every=2"] if stage < 3 else [])]
+def options(stage, precision="bf16_autocast"):
+    weights = ["attribution.weights_every=2"] if stage < 3 else []
+    return [*WATCHED, f"zero.stage={stage}", f"train.precision={precision}", *weights]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,7 @@ def assert_same(run_dir, other):
     ("stage", "precision"), [(0, "bf16_autocast"), (1, "bf16_autocast"), (2, "bf16"), (3, "bf16_autocast")]
 )
 def test_undisturbed_nothing_is_found_and_nothing_changes(data_dir, tmp_path, plain, stage, precision):
-    config = tiny_config(data_dir, tmp_path, *options(stage), f"train.precision={precision}")
+    config = tiny_config(data_dir, tmp_path, *options(stage, precision))
     assert run_ranks(health_job, 2, config) == ["complete"] * 2
     assert health.findings(tmp_path) == []
     assert_same(tmp_path, plain(stage, precision))
@@ -86,8 +92,12 @@ def test_a_host_that_is_wrong_too_often_ends_the_run_by_its_name(data_dir, tmp_p
     monkeypatch.setenv("UVIT_FAULT", "flip@rank0,gradient:silent#*")
     told = run_ranks(health_job, 2, tiny_config(data_dir, tmp_path, *options(2)))
     assert told[0] == told[1]
-    assert told[0].startswith("HardwareError 71: step 1: rank 0 on n0: the same step computed twice gave two results; 3")
-    assert [(one["kind"], one["step"], one["hosts"]) for one in health.findings(tmp_path)] == [("gradient", 1, ["n0"])] * 3
+    assert told[0].startswith(
+        "HardwareError 71: step 1: rank 0 on n0: the same step computed twice gave two results; 3"
+    )
+    assert [(one["kind"], one["step"], one["hosts"]) for one in health.findings(tmp_path)] == [
+        ("gradient", 1, ["n0"])
+    ] * 3
     again = run_ranks(health_job, 2, tiny_config(data_dir, tmp_path, *options(2)))
     assert "4 of 3" in again[0], "what is known of a host outlives an attempt"
 
@@ -122,3 +132,36 @@ def test_a_slow_rank_is_named_in_time_and_no_other(data_dir, tmp_path, plain, mo
     assert told in describe(run_state(tmp_path))
     assert told in render(read_run(tmp_path))
     assert json.loads((tmp_path / "health.jsonl").read_text())["told"].startswith(told)
+
+
+def poisoned(data_dir, directory, number, value):
+    """The shards with one number of a sample's moments at ``value``. Returns the path of their index."""
+    index, records, seen = read_index(str(data_dir / "index.json")), [], 0
+    for shard, record in enumerate(index.shards):
+        samples = []
+        for raw in TarSamples(index.shard_path(shard), record.size, lambda size: None):
+            data = np.load(io.BytesIO(raw.members["npy"][1])).copy()
+            if seen == number:
+                data[0, 3, 3] = value
+            samples.append(Sample(raw.key, int(raw.members["cls"][1]), data))
+            seen += 1
+        records.append(write_shard(str(directory), record.name.removesuffix(".tar"), samples, index.provenance))
+    write_index(str(directory / "index.json"), records, index.provenance)
+    return directory / "index.json"
+
+
+@pytest.mark.parametrize(
+    ("value", "rules"),
+    [(np.inf, ["guard.skip_nonfinite=1"]), (6e4, ["attribution.window=2", "attribution.spike=4"])],
+)
+def test_a_poisoned_sample_is_the_datas_fault_and_is_named(data_dir, tmp_path, value, rules):
+    index = poisoned(data_dir, tmp_path, 77, value)
+    config = tiny_config(data_dir, tmp_path / "run", *options(1), *rules, f"data.index={index}")
+    assert run_ranks(health_job, 2, config) == ["complete"] * 2
+    found = health.findings(tmp_path / "run")
+    told = [one for one in found if one["samples"] == [77]]
+    assert told, found
+    assert all(one["kind"] == "data" and one["hosts"] == [] for one in found), "no host is blamed for data"
+    assert all(
+        "the same on all ranks, so not the hardware. these samples stand out: 77 (" in one["told"] for one in told
+    )
