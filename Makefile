@@ -14,6 +14,7 @@
 # make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
 # make bench-gpu [OFFICIAL=DIR]  all that is measured on a GPU, in nine minutes
 # make bench-scaling  projections to 8, 64 and 512 GPUs from what is measured; draws docs/scaling.png
+# make bench-attribution  what it costs to know whose fault a step was
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: docs bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
-  bench-slurm bench-eval bench-scaling
+  bench-slurm bench-eval bench-scaling bench-attribution
 
 env: $(VENV)/.installed
 
@@ -83,6 +84,9 @@ bench-scaling: env
 
 bench-slurm: env
 	$(RUN) -m benchmarks.slurm_faults
+
+bench-attribution: env
+	$(RUN) -m benchmarks.attribution
 
 bench-shuffle: env
 	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json

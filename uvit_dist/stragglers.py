@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from uvit_dist.config_health import StragglersConfig
 
 Mark = float | torch.cuda.Event
+STEPS = 1000
+"""Of which a median is taken at most."""
 
 
 class ForwardClock:
@@ -29,7 +32,7 @@ class ForwardClock:
     def __init__(self, device: torch.device) -> None:
         self._cuda, self._running = device.type == "cuda", False
         self._work, self._waits = list[tuple[Mark, Mark]](), list[tuple[Mark, Mark]]()
-        self._steps: list[float] = []
+        self._steps: deque[float] = deque(maxlen=STEPS)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -60,8 +63,9 @@ class ForwardClock:
 
     def take(self) -> float:
         """The median step since the last call, seconds: what happens once, as a compilation, does not count."""
-        steps, self._steps = self._steps, []
-        return statistics.median(steps) if steps else 0.0
+        median = statistics.median(self._steps) if self._steps else 0.0
+        self._steps.clear()
+        return median
 
     def _now(self) -> Mark:
         if not self._cuda:

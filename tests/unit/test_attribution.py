@@ -2,16 +2,19 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
+from tests.tiny import tiny_config
 from tests.unit.test_attempts import life
 from uvit_dist import attempts, faults, health
 from uvit_dist.attribution import outliers
 from uvit_dist.beats import RankView
 from uvit_dist.checksums import checksum, flip_bit
 from uvit_dist.config_health import StragglersConfig
+from uvit_dist.errors import ConfigError
 from uvit_dist.replay import at_fault
 from uvit_dist.stragglers import ForwardClock, Stragglers, ratios
 from uvit_dist.verdicts import verdict_of_end
@@ -135,6 +138,19 @@ def test_a_host_that_computes_wrongly_is_left_out_at_once_and_suspects_are_not()
     slow = life("attempt", "rank_died")
     slow[-1] |= {"hosts": [], "slow_hosts": ["n3"]}
     assert attempts.hosts_to_exclude(slow) == ["n3"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (["attribution.replay=true"], "attribution.replay needs train.deterministic true"),
+        (["attribution.replay_every=5"], "attribution.replay_every needs attribution.replay true"),
+        (["attribution.weights_every=5", "zero.stage=3"], "attribution.weights_every: at zero.stage 3 ranks have no"),
+    ],
+)
+def test_what_cannot_be_asked_for(tmp_path, keys, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        tiny_config(tmp_path, tmp_path, *keys)
 
 
 def test_a_flip_is_asked_for_at_its_point(monkeypatch):
