@@ -124,7 +124,8 @@ class Engine:
         self.checks = Replay(self._ds, list(self._names), config.zero.stage, self._micro_batches)
         self.clock = ForwardClock(ranks.device)
         if config.zero.stage == 3:
-            self.clock.leave_out(self._ds.optimizer.parameter_offload.get_param_coordinator(), "fetch_sub_module")
+            for waiting in ("fetch_sub_module", "reset_step"):  # the latter compares what ranks do, at first
+                self.clock.leave_out(self._ds.optimizer.parameter_offload.get_param_coordinator(), waiting)
         self._base: torch.optim.Optimizer = getattr(self._ds.optimizer, "optimizer", self._ds.optimizer)
         self._masters = self._find_masters()
         self.fragments = tuple(self._find_fragments())
@@ -234,7 +235,7 @@ class Engine:
             gradient.zero_()  # under ZeRO-3 these are buffers, whose padding nothing else would write
 
     def replay(self, passes: Callable[[nn.Module], Iterator[Tensor]]) -> None:
-        """As ``Replay.run``: the passes of a step before its update, each a scalar loss, of which ``checks`` alone hears."""
+        """As ``Replay.run``: the passes of a step before its update, each a scalar loss, for ``checks`` alone."""
 
         def begun(net: nn.Module) -> Iterator[Tensor]:
             begin_graphs(self.config.speed)

@@ -35,6 +35,16 @@ def test_one_flipped_bit_anywhere_is_another_checksum(dtype, shape):
         assert checksum(last) != whole
 
 
+def test_two_flips_of_the_same_bit_do_not_cancel():
+    value = torch.randn(2, 1000)
+    bits = value.view(torch.int32) & 1
+    up, down = int((bits[0] == 0).nonzero()[0, 0]), int((bits[1] == 1).nonzero()[0, 0])
+    twice = value.clone()
+    flip_bit(twice[0, up], 0)
+    flip_bit(twice[1, down], 0)
+    assert checksum(twice) != checksum(value)
+
+
 def test_a_checksum_is_of_the_bits_wherever_they_lie():
     buffer = torch.randn(40)
     assert checksum(buffer[3:30]) == checksum(buffer[3:30].clone()), "at any offset"
