@@ -34,7 +34,7 @@ from uvit_dist.engine import Engine
 from uvit_dist.loss import Objective
 from uvit_dist.models.uvit import UViT
 
-RANKS, BATCH, WARM_UPS = 2, 16, 2
+RANKS, BATCH, WARM_UPS = 2, 4, 2
 SMALL = ["model.img_size=32", "model.embed_dim=256", "model.depth=6", "model.num_heads=4", "zero.stage=1",
          "train.precision=fp32", f"train.global_batch_size={RANKS * BATCH}", f"train.micro_batch_size={BATCH}",
          "train.deterministic=true", "data.lanes=4", f"launch.processes_per_node={RANKS}"]  # fmt: skip
@@ -123,7 +123,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "attribution.json")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of:
