@@ -15,6 +15,7 @@
 # make bench-gpu [OFFICIAL=DIR]  all that is measured on a GPU, in nine minutes
 # make bench-scaling  projections to 8, 64 and 512 GPUs from what is measured; draws docs/scaling.png
 # make bench-simulation  what grows with the number of ranks, up to 1,024 simulated ones; draws docs/simulation.png
+# make bench-attribution  what it costs to know whose fault a step was
 # make soak-cluster  half an hour of random faults on the rehearsal cluster
 # make bench-shuffle  how well ImageNet's shards are shuffled
 
@@ -23,7 +24,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: docs bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
-  bench-slurm bench-eval bench-scaling bench-simulation soak-cluster
+  bench-slurm bench-eval bench-scaling bench-simulation bench-attribution soak-cluster
 
 env: $(VENV)/.installed
 
@@ -91,6 +92,9 @@ soak-cluster: env
 
 bench-slurm: env
 	$(RUN) -m benchmarks.slurm_faults
+
+bench-attribution: env
+	$(RUN) -m benchmarks.attribution
 
 bench-shuffle: env
 	$(RUN) -m benchmarks.shuffle --out benchmarks/results/shuffle.json

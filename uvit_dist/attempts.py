@@ -149,14 +149,21 @@ def failures_without_progress(events: Sequence[Event]) -> int:
 
 
 def hosts_to_exclude(events: Sequence[Event]) -> list[str]:
-    """Hosts that a new job should not be given: lost ones, and those blamed for several failures of ranks."""
+    """Hosts that a new job should not be given: lost ones, and those blamed for several failures of ranks.
+
+    A host that computes wrongly weighs as a lost one, unless others are suspected as well; so do hosts that were slow,
+    where ``stragglers.exclude`` says so.
+    """
     blamed: Counter[str] = Counter()
     for event in events:
         if event["event"] == "attempt":  # also spares that were found dead, for which no attempt ended
             blamed.update(dict.fromkeys(event.get("lost", []), BLAMED_TWICE))
         if event["event"] == "ended" and event.get("cause") not in (*INNOCENT, *FINAL.values()):
             for host in event.get("hosts", []):
-                blamed[host] += BLAMED_TWICE if event["cause"] == "node_lost" else 1
+                known = event["cause"] == "node_lost" or (event["cause"] == "hardware" and len(event["hosts"]) == 1)
+                blamed[host] += BLAMED_TWICE if known else 1
+        for host in event.get("slow_hosts", []):
+            blamed[host] += BLAMED_TWICE
     return sorted(host for host, times in blamed.items() if times >= BLAMED_TWICE)
 
 

@@ -4,7 +4,7 @@ A rank connects, says ``hello`` with the round's token, then sends a line of JSO
 that gets no answers knows that it is alone. The lines:
 
     rank → supervisor   {"hello": token, "rank", "host", "pid"}   {"beat", "count", "phase", "step", "save_s"}
-                        {"end": exit code, "message", "mistake"}   {"dumped": true}
+                        {"end": exit code, "message", "mistake", "blamed": ranks}   {"dumped": true}
     supervisor → rank   {"heard": beat, "fence_s"}   {"stop": true}   {"stacks": true}   {"die": true}
 """
 
@@ -30,7 +30,8 @@ HELLO_S = 30.0
 class RankView:
     """What is known of a rank. Times are monotonic seconds; count grows with every progress that the rank reports.
 
-    end: exit code, what it said, and whether that is a user's mistake; gone_at: its connection ended without a word.
+    end: exit code, what it said, and whether that is a user's mistake; blamed: the ranks that it says are at fault;
+    gone_at: its connection ended without a word.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class RankView:
     step: int | None = None
     save_s: float | None = None
     end: tuple[int, str, bool] | None = None
+    blamed: tuple[int, ...] = ()
     ended_at: float | None = None
     gone_at: float | None = None
     dumped: bool = False
@@ -186,6 +188,7 @@ class BeatServer:
             view.dumped = True
         if "end" in message:
             view.end = (int(message["end"]), str(message["message"]), bool(message["mistake"]))
+            view.blamed = tuple(int(rank) for rank in message.get("blamed", ()) if int(rank) in self._views)
             view.ended_at = now
 
     def _send(self, peer: _Peer, message: dict[str, Any]) -> None:

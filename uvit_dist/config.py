@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from uvit_dist.config_data import DataConfig, PrecomputeConfig, Section, StorageConfig
 from uvit_dist.config_evaluate import EvaluateConfig
+from uvit_dist.config_health import AttributionConfig, StragglersConfig
 from uvit_dist.config_rules import raise_broken, rules_between
 from uvit_dist.config_speed import ProfileConfig, SpeedConfig
 
@@ -265,6 +266,8 @@ class Config(Section):
     profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig
     guard: GuardConfig = GuardConfig()
+    stragglers: StragglersConfig = StragglersConfig()
+    attribution: AttributionConfig = AttributionConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig
     launch: LaunchConfig

@@ -27,6 +27,7 @@ def rules_between(sections: Mapping[str, Any]) -> list[Rule]:
         _sampling_rules,
         _precision_rules,
         _graph_rules,
+        _attribution_rules,
         _profile_rules,
         _path_rules,
         _launch_rules,
@@ -140,6 +141,21 @@ def _graph_rules(sections: Mapping[str, Any]) -> list[Rule]:
             not graphs or sections["model"].use_checkpoint is not True,
             "speed.cuda_graphs: with model.use_checkpoint true a block runs again before its first results are used up;"
             " set it to selective or false",
+        ),
+    ]
+
+
+def _attribution_rules(sections: Mapping[str, Any]) -> list[Rule]:
+    rules, stage = sections["attribution"], sections["zero"].stage
+    return [
+        (
+            not rules.replay or sections["train"].deterministic,
+            "attribution.replay needs train.deterministic true: without it sound hardware gives two results as well",
+        ),
+        (rules.replay or rules.replay_every is None, "attribution.replay_every needs attribution.replay true"),
+        (
+            rules.weights_every is None or stage != 3,
+            "attribution.weights_every: at zero.stage 3 ranks have no weights in common; set it to null",
         ),
     ]
 

@@ -192,6 +192,14 @@ def gather(value: Any) -> list[Any]:
     return out
 
 
+def gather_number(value: float, device: torch.device) -> list[float]:
+    """Every rank's number, in order of rank, on every rank: one collective of 8 bytes from each."""
+    numbers = torch.empty(torch_dist.get_world_size(), dtype=torch.float64, device=device)
+    torch_dist.all_gather_into_tensor(numbers, torch.tensor([value], dtype=torch.float64, device=device))
+    told: list[float] = numbers.tolist()
+    return told
+
+
 def broadcast(value: Any) -> Any:
     """Rank 0's value on every rank. For small things."""
     box = [value]

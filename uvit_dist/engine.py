@@ -26,6 +26,8 @@ from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.dist import Ranks
 from uvit_dist.ema import ema_decay_at, ema_update_
 from uvit_dist.errors import CheckpointError
+from uvit_dist.replay import Replay
+from uvit_dist.stragglers import ForwardClock
 
 log = logging.getLogger(__name__)
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -121,6 +123,11 @@ class Engine:
         if config.zero.stage in (1, 2) and ranks.world_size > 1:
             gradient_sums.send_to_owners(self._ds.optimizer, ranks)
         self._names = {p: name.removeprefix("net.") for name, p in self._ds.module.named_parameters()}
+        self.checks = Replay(self._ds, list(self._names), config.zero.stage, self._micro_batches)
+        self.clock = ForwardClock(ranks.device)
+        if config.zero.stage == 3:
+            for waiting in ("fetch_sub_module", "reset_step"):  # the latter compares what ranks do, at first
+                self.clock.leave_out(self._ds.optimizer.parameter_offload.get_param_coordinator(), waiting)
         self._base: torch.optim.Optimizer = getattr(self._ds.optimizer, "optimizer", self._ds.optimizer)
         self._masters = self._find_masters()
         self.fragments = tuple(self._find_fragments())
@@ -183,7 +190,7 @@ class Engine:
         with self._attention():
             for number, micro_batch in enumerate(micro_batches):
                 begin_graphs(self.config.speed)
-                with record_function("forward"):
+                with record_function("forward"), self.clock.forward():
                     loss = loss_of(self._ds, micro_batch)
                 with record_function("backward"):
                     self._ds.backward(loss)
@@ -192,6 +199,7 @@ class Engine:
                     self._ds.step()  # not yet an update: it counts micro-batches
         with record_function("agree"):
             loss_mean, grad_norm, raised, own_loss = self._agree(torch.stack(losses).mean(), flags)
+        self.clock.step_over()
         applied = admit(loss_mean, grad_norm)
         with record_function("update"):
             if applied:
@@ -228,6 +236,18 @@ class Engine:
         for gradient in gradients:
             gradient.zero_()  # under ZeRO-3 these are buffers, whose padding nothing else would write
 
+    def replay(self, passes: Callable[[nn.Module], Iterator[Tensor]]) -> None:
+        """As ``Replay.run``: the passes of a step before its update, each a scalar loss, for ``checks`` alone."""
+
+        def begun(net: nn.Module) -> Iterator[Tensor]:
+            begin_graphs(self.config.speed)
+            for loss in passes(net):
+                yield loss
+                begin_graphs(self.config.speed)
+
+        with self._attention():
+            self.checks.run(begun)
+
     @torch.no_grad()
     def forward_only(self, compute: Callable[[nn.Module], Any]) -> Any:
         """compute(network) without gradients; under ZeRO-3 every rank must call the network equally often."""
@@ -243,12 +263,12 @@ class Engine:
         try:
             for master, average in zip(self._masters, self._ema, strict=True):
                 master.data.copy_(average)
-            self._refresh_parameters()
+            self.refresh_weights()
             yield
         finally:
             for master, value in zip(self._masters, kept, strict=True):
                 master.data.copy_(value)
-            self._refresh_parameters()
+            self.refresh_weights()
 
     def _agree(self, loss: Tensor, flags: Sequence[bool]) -> tuple[float, float, tuple[bool, ...], float]:
         """Mean loss, gradient norm, of each flag whether it is up on any rank, and this rank's own loss.
@@ -366,10 +386,10 @@ class Engine:
         for key in self._stepped():
             self._base.state[key]["step"].fill_(float(step))
         self.step = step
-        self._refresh_parameters()
+        self.refresh_weights()
 
-    def _refresh_parameters(self) -> None:
-        """Bring the parameters that the network computes with in line with the masters."""
+    def refresh_weights(self) -> None:
+        """Bring the parameters that the network computes with in line with the masters. A collective call."""
         stage, optimizer = self.config.zero.stage, self._ds.optimizer
         if stage in (1, 2):
             optimizer.update_lp_params()

@@ -59,6 +59,16 @@ class NumericalError(UserError):
     exit_code = 70
 
 
+class HardwareError(UserError):
+    """A host computes wrongly, or holds other weights than it must: the message names it; start again without it."""
+
+    exit_code = 71
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 INTERRUPTED_EXIT_CODE = 75
 """A job was asked to stop, saved its state and can be started again (EX_TEMPFAIL)."""
 HANG_EXIT_CODE = 74

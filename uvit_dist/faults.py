@@ -3,7 +3,9 @@
 UVIT_FAULT="sigkill@rank1,save:after_manifest", or several, apart by ";". ACTION@rankN,POINT or ACTION@all,POINT, with
 #K for the K-th time that the point is reached (by default the first), #* for every time, and /A for the A-th attempt
 of a supervised job alone. Actions: sigkill; sigterm; sigstop; nospace, the error of a full disk; raise, an error of
-the program; hang, for ever; sleepS, for S seconds. Points: save:…, and progress:PHASE (``watchdog.progress``).
+the program; hang, for ever; sleepS, for S seconds; flip, of a bit, where the point has one to flip. Points: save:…;
+progress:PHASE (``watchdog.progress``); step:forward, of a micro-batch; to flip, step:weights, gradient:silent and
+gradient:loud (``attribution``, ``replay``).
 Without the variable nothing happens.
 """
 
@@ -24,7 +26,7 @@ ATTEMPT_VARIABLE = "UVIT_DIST_ATTEMPT"
 """Which attempt of its job this is, from its supervisor."""
 SIGNALS = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigstop": signal.SIGSTOP}
 _FAULT = re.compile(
-    r"(sigkill|sigterm|sigstop|nospace|raise|hang|sleep[\d.]+)@(?:rank(\d+)|all),([a-z_]+:[a-z_]+)"
+    r"(sigkill|sigterm|sigstop|nospace|raise|hang|flip|sleep[\d.]+)@(?:rank(\d+)|all),([a-z_]+:[a-z_]+)"
     r"(?:#(\d+|\*))?(?:/(\d+))?"
 )
 _reached: Counter[str] = Counter()
@@ -50,22 +52,27 @@ def _number(text: str | None) -> int | None:
     return None if text is None else int(text)
 
 
-def point(name: str) -> None:
-    """A point that a fault may be asked for.
+def point(name: str) -> bool:
+    """A point that a fault may be asked for. Returns whether a bit is to be flipped here.
 
     Raises ``OSError`` where that is a full disk, ``RuntimeError`` where it is an error of the program, ``ConfigError``.
     """
     text = os.environ.get(VARIABLE)
     if not text:
-        return
+        return False
     _reached[name] += 1
     rank, attempt = int(os.environ.get("RANK", "0")), _number(os.environ.get(ATTEMPT_VARIABLE))
+    flip = False
     for action, on, where, nth, during in _faults(text):
         if where == name and nth in (None, _reached[name]) and on in (None, rank) and during in (None, attempt):
+            flip = flip or action == "flip"
             _do(action, name)
+    return flip
 
 
 def _do(action: str, name: str) -> None:
+    if action == "flip":
+        return
     if action == "nospace":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
     if action == "raise":

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uvit_dist import attempts
+from uvit_dist import attempts, health
 from uvit_dist.attempts import Event
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
@@ -34,7 +34,8 @@ def run_state(run_dir: str | Path, now: float | None = None) -> Json:
     """All that is known of a run, as JSON can hold it; times are Unix seconds.
 
     "state", "cause": of the training; "training": its progress; "jobs": of each job of the run, with its attempts;
-    "evaluations": scores, oldest first. now: the present time. Raises ``MissingInputError`` where there is no run.
+    "findings": of ``health``, and "evaluations": scores, both oldest first. now: the present time. Raises
+    ``MissingInputError`` where there is no run.
     """
     directory, now = Path(run_dir), time.time() if now is None else now
     jobs = [job_state(path.parent) for path in sorted(directory.glob(f"launch/*/{attempts.FILE}"))]
@@ -68,6 +69,7 @@ def run_state(run_dir: str | Path, now: float | None = None) -> Json:
         "training": progress,
         "jobs": jobs,
         "preflight": preflight(directory / "launch" / "train"),
+        "findings": health.findings(directory),
         "evaluations": json_lines(directory / "evaluation" / "scores.jsonl"),
         "shards": None if config is None or config.data.index is None else os.path.dirname(config.data.index),
     }

@@ -23,8 +23,8 @@ from uvit_dist.run_state import RUNNING, displaced, run_state, world
 
 SILENT_S = 120.0
 """A running job whose files have not been written to for so long is said to be silent."""
-ATTEMPTS = 10
-"""Attempts that are listed; --json has them all."""
+ATTEMPTS, FINDINGS = 10, 5
+"""Attempts, and findings on hosts and data, that are listed; --json has them all."""
 
 
 def describe(state: Mapping[str, Any]) -> str:
@@ -42,6 +42,7 @@ def describe(state: Mapping[str, Any]) -> str:
         )
     if state["preflight"] is not None:
         lines.append("  " + _preflight(state["preflight"]))
+    lines += _findings(state["findings"])
     for job in state["jobs"]:
         lines += _job(job)
     for scores in state["evaluations"][-3:]:
@@ -113,6 +114,13 @@ def _preflight(report: Mapping[str, Any]) -> str:
     if report["passed"]:
         text += f", all-reduce {report['all_reduce_gbytes_per_s']:.2f} GB/s"
     return "; ".join([text, *told])
+
+
+def _findings(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"  {_date(one['time'])}  {one['kind']} at step {one['step']}: {one['told']}" for one in found[-FINDINGS:]]
+    if len(found) > FINDINGS:
+        lines.insert(0, f"  … {len(found) - FINDINGS} earlier findings on hosts and data: --json")
+    return lines
 
 
 def _hosts(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from uvit_dist import attempts, beats, lease, run_state, sentry, slurm
+from uvit_dist import attempts, beats, health, lease, run_state, sentry, slurm
 from uvit_dist.attempts import AttemptLog
 from uvit_dist.config_cluster import Order, read_order
 from uvit_dist.config_yaml import load_config
@@ -63,7 +63,8 @@ class Supervisor:
 
     def __init__(self, order: Order, notices: Notices) -> None:
         self.order, self.notices = order, notices
-        launch = load_config(order.config).launch
+        config = load_config(order.config)
+        launch, self.leave_out_slow = config.launch, config.stragglers.exclude
         self.limits = Limits(launch.silence_s, launch.hang_s, launch.start_s)
         self.most_failures = launch.attempts
         self.preflight = launch.preflight and order.nodes > 1 and order.job == "train"
@@ -122,7 +123,7 @@ class Supervisor:
         verdict = outcome.verdict
         if verdict.cause in ("done", "cancelled") or verdict.exit_code in attempts.FINAL:
             return self._finish(verdict)
-        if verdict.cause == "stopped" or (verdict.cause == "node_lost" and not self._goes_on(outcome)):
+        if verdict.cause in ("stopped", "hardware") or (verdict.cause == "node_lost" and not self._goes_on(outcome)):
             return self.succession.requeue(self.notices.reason or verdict.reason)
         return None
 
@@ -273,6 +274,9 @@ class Supervisor:
         more: dict[str, Any] = {} if outcome.save_s is None else {"save_s": round(outcome.save_s, 3)}
         if self.order.job in INDEPENDENT and outcome.last_step:
             more["progressed"] = True  # units of work are done, though there are no checkpoints
+        begun = attempts.open_attempt(self._events())
+        if self.leave_out_slow and begun is not None:
+            more["slow_hosts"] = health.slow_hosts(self.order.run_dir, begun["time"])
         self.record.add(
             "ended",
             exit_code=verdict.exit_code,

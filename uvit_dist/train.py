@@ -15,6 +15,7 @@ from torch.profiler import record_function
 
 from uvit_dist import checkpoint, dist, preflight, storage, watchdog
 from uvit_dist.acceleration import on_device
+from uvit_dist.attribution import Attribution
 from uvit_dist.config import Config
 from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.copier import Copier
@@ -57,6 +58,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
     objective = Objective(config, preflight.empty_context(index))
     validation = Validation(config, held_out, objective, ranks) if held_out is not None else None
     report, copier = Report(config, ranks, engine.step), open_copier(config, ranks)
+    attribution = Attribution(config, engine, objective, ranks, report.forget)
     saver = Saver(config.run_dir, config.checkpoint, ranks, engine.step, copier)
 
     def loss_of(net: nn.Module, batch: Batch) -> Tensor:
@@ -74,7 +76,7 @@ def train(config: Config, ranks: Ranks, stop: StopFlag) -> bool:
         with report.waiting():
             batch = next(loader)
         flags = (stop.raised, bool(batch.damage), saver.busy)
-        result = engine.train_step(list(micro_batches(batch, config, ranks)), loss_of, guard.admits, flags)
+        result = attribution.step(list(micro_batches(batch, config, ranks)), loss_of, guard.admits, flags)
         stopped, damaged, saving = result.flags
         saver.after_step(saving)
         if damaged:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from uvit_dist.attempts import FINAL
 from uvit_dist.beats import RankView, alive
-from uvit_dist.errors import HANG_EXIT_CODE, INTERRUPTED_EXIT_CODE
+from uvit_dist.errors import HANG_EXIT_CODE, INTERRUPTED_EXIT_CODE, HardwareError
 
 GONE_S = 5.0
 """Seconds that a rank whose connection broke has to come back, where its step still runs."""
@@ -19,7 +19,7 @@ STARTING = ("", "starting", "joining", "preparing", "first step")
 """Phases that may take ``start_s``: imports, resuming, compiling."""
 BOUNDED_BY_ITSELF = ("copying",)
 """Phases of one rank alone, whose requests to a server have limits of their own."""
-FAILURES = ("rank_died", "error", "silent", "hang")
+FAILURES = ("rank_died", "error", "silent", "hang", "hardware")
 """Causes that another attempt may mend, in order of how sure they are."""
 ENDED_WELL = (0, INTERRUPTED_EXIT_CODE)
 
@@ -117,6 +117,9 @@ def verdict_of_end(
     codes = [end[0] for end in ends.values()]
     if (independent and 0 in codes) or (len(codes) == len(views) and not any(codes)):
         return Verdict("done", "done", 0)
+    for view in views:
+        if view.end is not None and view.blamed:
+            return Verdict("hardware", view.end[1], HardwareError.exit_code, view.blamed)
     mistakes = [(rank, end) for rank, end in ends.items() if end[2]]
     if mistakes:
         told = "; ".join(dict.fromkeys(end[1] for _, end in mistakes))

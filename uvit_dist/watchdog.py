@@ -17,7 +17,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from uvit_dist import faults
@@ -72,10 +72,10 @@ def start(rank: int, log_descriptor: int, on_stop: Callable[[], None]) -> None:
     _client = _Client(rank, (parts[0], int(parts[1])), parts[2], log_descriptor, on_stop)
 
 
-def end(code: int, message: str, mistake: bool = False) -> None:
-    """Tell the supervisor how this rank ends, and send no more beats."""
+def end(code: int, message: str, mistake: bool = False, blamed: Sequence[int] = ()) -> None:
+    """Tell the supervisor how this rank ends, and send no more beats. blamed: ranks whose hosts are at fault."""
     if _client is not None:
-        _client.end({"end": code, "message": message, "mistake": mistake})
+        _client.end({"end": code, "message": message, "mistake": mistake, "blamed": list(blamed)})
 
 
 class _Client(threading.Thread):

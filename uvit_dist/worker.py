@@ -23,7 +23,7 @@ from pathlib import Path
 from uvit_dist import misfits, stopping, storage, watchdog
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
-from uvit_dist.errors import INTERRUPTED_EXIT_CODE, ConfigError, OutputError, UserError, explained_exit
+from uvit_dist.errors import INTERRUPTED_EXIT_CODE, ConfigError, HardwareError, OutputError, UserError, explained_exit
 from uvit_dist.metrics import log_file
 from uvit_dist.preemption import StopFlag
 
@@ -188,14 +188,15 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")
     number = int(rank) if rank.isdigit() else 0
     alone = launcher is None and not supervised and rank == "0" and args.job not in SHARED_JOBS
-    message, mistake = "", False
+    message, mistake, blamed = "", False, tuple[int, ...]()
     try:
         with storage.locked(_made(config.run_dir)) if alone else contextlib.nullcontext():
             code = _run(args.job, config, args.name, stop)
     except Exception as error:  # noqa: BLE001 - told in full in the log; the terminal gets the message alone
         code, message, mistake = _explain(error)
+        blamed = error.ranks if isinstance(error, HardwareError) else ()
         _tell(error_file(config.run_dir, number, args.name), number, code, message, mistake)
-    watchdog.end(code, message, mistake)
+    watchdog.end(code, message, mistake, blamed)
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

@@ -183,3 +183,33 @@ def test_10_the_supervisor_is_killed(start, whole):
     assert job.of("attempt")[1]["job_id"] == guard["job_id"]
     assert max(event["step"] for event in job.of("running")) >= EVERY
     assert job.of("ended")[1]["last_step"] == STEPS
+
+
+def test_11_a_host_that_computes_wrongly_is_left_out(start, whole, cluster):
+    """A bit of rank 1's gradient flips in step 8, which is computed twice, and each time that it is done again."""
+    flips = ";".join(f"flip@rank1,gradient:silent#{micro_batch}/1" for micro_batch in (15, 17, 19))
+    job = start("train.deterministic=true", "attribution.replay=true", "attribution.replay_every=8",
+                fault=f"{SLOW};{flips}")  # fmt: skip
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["hardware", "done"]
+    first, second = job.of("attempt")
+    wrong, ended = first["hosts"][1], job.of("ended")[0]
+    assert (ended["hosts"], ended["exit_code"]) == ([wrong], 71)
+    assert f"rank 1 on {wrong}: the same step computed twice gave two results; 3 of 3" in ended["reason"]
+    assert second["from_step"] == EVERY
+    assert wrong not in second["hosts"]
+    assert cluster.job(job.job_id)["ExcNodeList"] == wrong
+    assert_same_job(job, 1)
+
+
+def test_12_a_slow_host_is_left_out_of_the_next_start(start, whole, cluster):
+    job = start("stragglers.every=2", "stragglers.gathers=2", "stragglers.ratio=5", "stragglers.exclude=true",
+                fault=f"{SLOW};sleep0.3@rank1,step:forward#*/1")  # fmt: skip
+    job.wait_for(lambda: (job.run_dir / "health.jsonl").exists(), "nobody is named")
+    slow = job.of("attempt")[0]["hosts"][1]
+    assert f"rank 1 on {slow} is slow" in job.told()
+    cluster.command("scancel", "--signal=USR2", "--batch", job.job_id)
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["stopped", "done"]
+    assert job.of("ended")[0]["slow_hosts"] == [slow]
+    assert slow not in job.of("attempt")[1]["hosts"]
