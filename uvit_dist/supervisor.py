@@ -123,7 +123,8 @@ class Supervisor:
         verdict = outcome.verdict
         if verdict.cause in ("done", "cancelled") or verdict.exit_code in attempts.FINAL:
             return self._finish(verdict)
-        if verdict.cause in ("stopped", "hardware") or (verdict.cause == "node_lost" and not self._goes_on(outcome)):
+        stays = {"node_lost": self._goes_on, "hardware": self._can_leave_out}.get(verdict.cause)
+        if verdict.cause == "stopped" or (stays is not None and not stays(outcome)):
             return self.succession.requeue(self.notices.reason or verdict.reason)
         return None
 
@@ -166,6 +167,11 @@ class Supervisor:
     def _placement(self, events: list[attempts.Event]) -> Placement | None:
         counts = (self.order.nodes, *self.order.shrinks_to)
         return place(self.allocation, self.lost, attempts.hosts_to_exclude(events), counts)
+
+    def _can_leave_out(self, outcome: Outcome) -> bool:
+        """Whether the allocation has enough hosts beside those that compute wrongly."""
+        placement = self._placement(self._events())
+        return placement is not None and not set(outcome.hosts) & set(placement.hosts)
 
     def _goes_on(self, outcome: Outcome) -> bool:
         """Whether the rest of the allocation will do, after a loss; then no rank lives on the lost hosts any more."""
