@@ -118,8 +118,9 @@ class Engine:
         self._ds, *_ = deepspeed.initialize(
             model=wrapped, optimizer=optimizer, config=self._deepspeed_config(), dist_init_required=False
         )
-        self._ds.enable_backward_allreduce &= ranks.world_size > 1 or config.zero.stage > 0  # else it copies for nothing
-        if config.zero.stage in (1, 2) and ranks.world_size > 1:
+        if ranks.world_size == 1 and config.zero.stage == 0:
+            self._ds.enable_backward_allreduce = False  # it copies all gradients together and back
+        elif ranks.world_size > 1 and config.zero.stage in (1, 2):
             gradient_sums.send_to_owners(self._ds.optimizer, ranks)
         self._names = {p: name.removeprefix("net.") for name, p in self._ds.module.named_parameters()}
         self.checks = Replay(self._ds, list(self._names), config.zero.stage, self._micro_batches)
@@ -274,8 +275,7 @@ class Engine:
 
         Here the host waits for the device, once in a step: whether the update is made is decided by numbers.
         """
-        # not torch's norms of vectors, which on a CPU are 3e-5 off for a million elements
-        squares = [gradient.float().square().sum() for gradient in self._local_gradients()]
+        squares = [g.float().square().sum() for g in self._local_gradients()]  # torch's norms are 3e-5 off on CPUs
         norm_square = torch.stack(squares).sum() if squares else loss.new_zeros(())
         if self.config.zero.stage == 0:  # every rank holds all of the gradient
             norm_square = norm_square / self.ranks.world_size

@@ -236,7 +236,7 @@ def usable_nodes(partition: str | None) -> set[str]:
     try:
         lines = _call(["sinfo", "--noheader", "--Node", "--format=%N %t", *of]).splitlines()
     except _Failed as error:
-        raise UnavailableError(f"SLURM does not tell its nodes: {error.words}") from None
+        raise UnavailableError(f"SLURM does not tell its nodes: {error.words}; see what sinfo says") from None
     return {words[0] for words in map(str.split, lines) if words[1:] and words[1].rstrip("$@+") in USABLE}
 
 
