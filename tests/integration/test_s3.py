@@ -70,7 +70,7 @@ def test_writes_listings_and_sizes_survive_faults(through_proxy):
     assert not storage.exists(f"{url}/0.bin")
 
 
-def test_what_cannot_be_mended_is_told_once_and_soon(through_proxy, big_object, monkeypatch, caplog):
+def test_what_cannot_be_mended_is_told_once(through_proxy, big_object, monkeypatch, caplog):
     url, data = big_object
     with pytest.raises(DataError, match=rf"big\.bin: ends at byte {len(data)} where {len(data) + 5} are expected"):
         storage.read_range(url, len(data) - 5, 10)
