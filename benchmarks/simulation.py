@@ -46,6 +46,8 @@ IMAGES, SHARD, LANES, BATCH, BLOCK, PART = 2 * 1_281_167, 2048, 1024, 1024, 512,
 samples of latents of 64 KiB that are fetched together."""
 UNITS_EACH, FID_UNITS = 4, 200
 """Units of an evaluation for each worker; those that 50,000 images of 250 each make."""
+UNIT_S = 2.0
+"""Seconds that a unit takes here; minutes in earnest, where workers meet less often."""
 KINDS, TENSORS, NUMEL = ("master", "exp_avg", "exp_avg_sq", "ema"), 400, 64
 """Of a checkpoint: tensors and, for each rank, elements, far fewer than in earnest: only files and names count here."""
 
@@ -257,6 +259,7 @@ def evaluation(workers: int, units: int, folder: Path) -> dict[str, Any]:
             took = time.thread_time() - began
             if unit is None:
                 return  # all are in other hands: in earnest it waits for them
+            time.sleep(UNIT_S)
             shared.put(unit, {"features": np.zeros(4)})
             with lock:
                 done[unit] += 1

@@ -137,7 +137,6 @@ class ShardJob:
         cut = [data.samples_per_shard, config.seed, hash_keys(list(keys)), dataclasses.asdict(provenance), made_with]
         self.work = storage.join(self.directory, WORK, hashlib.sha256(json.dumps(cut).encode()).hexdigest()[:16])
         self.leases = Leases(self.work, config.precompute.lease_s)
-        self._start = int(self.leases.us["token"], 16) % max(1, len(self.units))
         self._own_bad: dict[str, dict[str, str]] = {}
         self._done = 0
         self._lease_s, self._tried = config.precompute.lease_s, set[str]()
@@ -158,8 +157,7 @@ class ShardJob:
         """
         state = self.state()
         self.check_bad(state)
-        ordered = self.units[self._start :] + self.units[: self._start]
-        todo = {unit.name: unit for unit in ordered if unit.name not in state.done}
+        todo = {unit.name: unit for unit in self.units if unit.name not in state.done}
         for name in self.leases.claims(list(todo), state.names):
             found = self._finished(todo[name], storage.sizes_in(self.directory))
             # What an interrupted worker left unmarked with bad images is made again: they may have been mended.

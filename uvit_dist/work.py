@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -76,14 +77,11 @@ class SharedWork(WorkDirectory):
     def __init__(self, directory: str, units: Sequence[str], lease_s: float, beside: Sequence[str] = ()) -> None:
         super().__init__(directory, units, beside)
         self._leases, self._lease_s, self._waited_s = Leases(directory, lease_s), lease_s, 0.0
-        self._start = int(self._leases.us["token"], 16) % max(1, len(units))
 
     def claim(self) -> str | None:
         """A unit to do, now this worker's; none where all are done or in other hands."""
         names = storage.names_in(self.directory)
-        missing = set(self.missing(names))
-        todo = [unit for unit in [*self.units[self._start :], *self.units[: self._start]] if unit in missing]
-        for unit in self._leases.claims(todo, names):
+        for unit in self._leases.claims(self.missing(names), names):
             if not all(storage.exists(self.path(unit, ending)) for ending in self._endings):
                 self._waited_s = 0.0
                 return unit
@@ -187,6 +185,7 @@ class Leases:
         self._lease_s, self._beats = lease_s, 0
         self._held: dict[str, tuple[int, dict[str, Any]]] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._random = random.Random(self.us["token"])
         self._watching, self._watched_before, self._watch_until = list[str](), set[str](), 0.0
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._end = threading.Event()
@@ -200,11 +199,13 @@ class Leases:
     def claims(self, todo: Sequence[str], names: Iterable[str]) -> Iterator[str]:
         """Of the units ``todo`` those that can be taken, each taken as it is asked for.
 
-        First what nobody holds, in that order; then what is in other hands, a few units at a time, each looked at for
-        as long as it takes to find its holder silent.
+        First what nobody holds, in any order: workers that began at the same place would meet at each unit. Then what
+        is in other hands, a few units at a time, each looked at for as long as it takes to find its holder silent.
         """
         held = newest_leases(names)
-        for unit in [*(unit for unit in todo if unit not in held), *self._watched([u for u in todo if u in held])]:
+        free = [unit for unit in todo if unit not in held]
+        self._random.shuffle(free)
+        for unit in [*free, *self._watched([unit for unit in todo if unit in held])]:
             if self._claim(unit, held.get(unit)):
                 yield unit
 

@@ -36,6 +36,7 @@ def test_without_a_gpu_full_size_is_refused_with_what_to_do():
 def test_the_simulation_of_many_ranks_comes_out_right_at_a_few(tmp_path, monkeypatch):
     """What it counts follows the number of ranks as docs/large_clusters.md says."""
     monkeypatch.setattr(simulation, "REPEATS", 2)
+    monkeypatch.setattr(simulation, "UNIT_S", 0.02)
     chosen = ["--ranks", "4", "16", "--out", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
     assert simulation.main(chosen) == 0
     record = json.loads((tmp_path / "simulation.json").read_text())
