@@ -1,7 +1,7 @@
 """Write the output into docs/transcript.md anew: its commands, one after another, in a new clone of this checkout.
 
     python -m docs.make_transcript                      # all of it, in a new directory
-    python -m docs.make_transcript --dir /tmp/tour      # … in this one, which must not exist
+    python -m docs.make_transcript --dir /tmp/tour      # … in this one, made where it does not exist
     python -m docs.make_transcript --dir /tmp/tour --only 3     # the third section alone, where the others have run
 
 In the document a line of a ``console`` block that begins with ``$ `` is a command, and what follows it is replaced. A

@@ -128,7 +128,8 @@ def check_training(config: Config, world_size: int) -> tuple[ShardIndex, ShardIn
         check_same_text_encoder(dict(zip(("data.index", "validation.index"), of, strict=True)))
     if held_out is not None and held_out.provenance.source == index.provenance.source:
         log.warning(
-            "validation.index %s holds the images of data.index: its loss is that of training samples", held_out.path
+            "validation.index %s holds the images of data.index: its loss is that of training samples; make it of other images, or leave validation out",
+            held_out.path,
         )
     plan = make_plan(config, index)
     if config.data.check_shuffle:
@@ -189,7 +190,9 @@ def check_shuffle(index: ShardIndex, plan: Plan) -> None:
     try:
         figure = shuffle_figure(index, plan)
     except (DataError, MissingInputError) as error:
-        log.warning("whether the shards are shuffled was not checked: %s", error)
+        log.warning(
+            "whether the shards are shuffled was not checked: %s; try again, or set data.check_shuffle false", error
+        )
         return
     log.info("distinct labels in a batch: %.1f, by chance %.1f", figure.measured, figure.expected)
     if figure.is_sorted:

@@ -52,7 +52,7 @@ def judge_nodes(nodes: int, spares: int, usable: int) -> list[Finding]:
 def judge_commands(versions: Mapping[str, str], wanted: bool) -> list[Finding]:
     """versions: command → what it said. wanted: the configuration submits jobs."""
     if not versions and not wanted:
-        return [ok(SECTION, "commands", "none here, and none needed: jobs run on this machine")]
+        return [ok(SECTION, "commands", "none answers here, and none is needed: jobs run on this machine")]
     missing = [name for name in COMMANDS if name not in versions]
     if "sbatch" in missing or "srun" in missing:
         told = f"{', '.join(missing)}: not on this machine, or not answering"
