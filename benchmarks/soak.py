@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -29,7 +30,7 @@ from benchmarks import ROOT, provenance
 from benchmarks.slurm_faults import FAULTS, Fault, make_data
 from slurm.rehearsal.cluster import Cluster, missing_programs, needed
 from tests.slurm_jobs import SlurmJob
-from tests.tiny import losses
+from tests.tiny import losses, traces
 from uvit_dist import attempts, forecast
 
 COMMAND = "make soak-cluster"
@@ -47,17 +48,38 @@ def kill_all(job: SlurmJob) -> None:
     job.kill(job.supervisor(), job.cluster.rank_process(0), job.cluster.rank_process(1))
 
 
-def cancel_step(job: SlurmJob) -> None:
+def requeue(job: SlurmJob) -> None:
     """An operator's scontrol requeue."""
     job.cluster.command("scontrol", "requeue", job.of("attempt")[-1]["job_id"])
 
 
+def signal_newest(job: SlurmJob) -> None:
+    """scancel --signal=USR2 of the job that runs now: a guard goes on under another id."""
+    job.cluster.command("scancel", "--signal=USR2", "--batch", job.of("attempt")[-1]["job_id"])
+
+
+def kill_in_a_save(job: SlurmJob) -> None:
+    """kill -9 of all ranks while a checkpoint is written."""
+    deadline = time.monotonic() + 30
+    while not list((job.run_dir / "checkpoints").glob(".tmp-step-*")):
+        if time.monotonic() > deadline:
+            raise LookupError("nothing is saved")
+        time.sleep(0.002)
+    kill_all_ranks(job)
+
+
+BLIND = ("node lost, with a spare", "node lost, fewer go on", "node of the batch process lost, with a spare")
+"""Kinds that differ from others by what the run may do, not by what befalls it."""
 KINDS: dict[str, Fault] = {
-    **FAULTS,
+    **{name: fault for name, fault in FAULTS.items() if name not in BLIND},
+    "scancel --signal=USR2": signal_newest,
     "all ranks killed": kill_all_ranks,
+    "all ranks killed in a save": kill_in_a_save,
     "ranks and supervisor killed": kill_all,
-    "scontrol requeue": cancel_step,
+    "scontrol requeue": requeue,
 }
+FEWEST = 20
+"""Faults that a soak of half an hour has at least; of a shorter one, in proportion."""
 
 
 class Nodes:
@@ -80,7 +102,7 @@ class Nodes:
 
 def soak(job: SlurmJob, seconds: float, mtbf_s: float, draw: random.Random) -> list[dict[str, Any]]:
     """Let faults happen for so long, then let the run end. Returns {"kind", "time", "met"} of each fault."""
-    nodes, happened, order = Nodes(job.cluster), list[dict[str, Any]](), list[str]()
+    nodes, happened, order, missed = Nodes(job.cluster), list[dict[str, Any]](), list[str](), list[str]()
     end = time.monotonic() + seconds
     due = time.monotonic() + draw.expovariate(1 / mtbf_s)
     while time.monotonic() < end and attempts.finished(job.events) is None:
@@ -89,13 +111,14 @@ def soak(job: SlurmJob, seconds: float, mtbf_s: float, draw: random.Random) -> l
         if time.monotonic() < due:
             continue
         due += draw.expovariate(1 / mtbf_s)
-        order = order or draw.sample(list(KINDS), len(KINDS))
+        if not order:
+            order, missed = [*draw.sample(list(KINDS), len(KINDS)), *missed], []
         kind, at, step = order.pop(), time.time(), max(losses(job.run_dir), default=0)
         try:
             KINDS[kind](job)
         except (LookupError, ValueError, OSError, subprocess.CalledProcessError) as error:
             print(f"{kind}: nothing there to meet ({error})", file=sys.stderr, flush=True)
-            order.insert(0, kind)  # it starts, or waits in the queue: another time
+            missed.append(kind)  # the run starts, or waits in the queue: first in the next order
             continue
         happened.append({"kind": kind, "time": at, "at_step": step})
         print(f"{len(happened):3} {kind} at step {step}", file=sys.stderr, flush=True)
@@ -118,7 +141,7 @@ def judged(job: SlurmJob, whole: SlurmJob, faults: list[dict[str, Any]], began: 
     restarts = [fault["restart_s"] for fault in faults if "restart_s" in fault]
     lasting = max(line["step"] for line in within)
     mean = (ended - began) / len(faults)
-    restart_s = statistics.mean(restarts)
+    restart_s = statistics.mean(restarts) if restarts else math.nan
     return {
         "faults": len(faults),
         "kinds": dict(Counter(fault["kind"] for fault in faults)),
@@ -139,6 +162,8 @@ def judged(job: SlurmJob, whole: SlurmJob, faults: list[dict[str, Any]], began: 
         "gates": {
             "the run ends done": job.causes[-1] == "done",
             "its losses are those of the undisturbed run, bit for bit": losses(job.run_dir) == losses(whole.run_dir),
+            "and its samples": traces(job.run_dir) == traces(whole.run_dir),
+            "enough faults": len(faults) * 30 >= FEWEST * (ended - began) / 60,
         },
     }
 

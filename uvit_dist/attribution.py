@@ -50,7 +50,7 @@ class Attribution:
         self._stragglers = Stragglers(config.stragglers, self._hosts)
         self._wrong: dict[str, int] = dist.on_main(ranks, lambda: health.disagreements(self._run_dir))
         self._last: deque[tuple[float, float]] = deque(maxlen=self.rules.window)
-        self._repeat = False
+        self._repeat, self._compared = False, 0
         if self.rules.replay:
             engine.checks.watch()
 
@@ -86,7 +86,8 @@ class Attribution:
         """Look at a step whose update is not made yet, and say whether it is to be repeated."""
         self._repeat = False
         number = self._engine.step + 1  # of the update
-        if _due(self._stragglers.rules.every, number):
+        if _due(self._stragglers.rules.every, number) and number != self._compared:  # not again when it is repeated
+            self._compared = number
             self._look_for_stragglers()
         suspicion = self._suspicion(loss, grad_norm) if self.rules.replay else None
         if suspicion is not None or _due(self.rules.weights_every, number):
@@ -159,16 +160,20 @@ class Attribution:
     def _blame(self, kind: str, ranks: Sequence[int], what: str, at_once: bool) -> None:
         """Have the step done again; or raise ``HardwareError``, at once or where a host was wrong too often."""
         hosts = [self._hosts[rank] for rank in ranks]
-        self._wrong |= {host: self._wrong.get(host, 0) + 1 for host in set(hosts)}
-        times = max(self._wrong[host] for host in hosts)
+        if len(set(hosts)) == 1:  # several are suspects
+            self._wrong[hosts[0]] = self._wrong.get(hosts[0], 0) + 1
+        times = max(self._wrong.get(host, 1) for host in hosts)
         who = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks)
         told = f"{who}: {what}; {times} of {self.rules.disagreements} (attribution.disagreements)"
         at_once = at_once or times >= self.rules.disagreements
         self._tell(kind, told, ranks)
         if at_once:
+            named = ", ".join(dict.fromkeys(hosts))
+            remedy = f"start again without {named} (exclude, in the cluster's profile)"
+            if len(set(hosts)) > 1:
+                remedy = f"one of {named} is at fault: test them, and start again on others"
             raise HardwareError(
-                f"step {self._engine.step}: {told}. That is the hardware's fault: start again without "
-                f"{', '.join(dict.fromkeys(hosts))} (exclude, in the cluster's profile), from the last checkpoint",
+                f"step {self._engine.step}: {told}. That is the hardware's fault: {remedy}, from the last checkpoint",
                 tuple(ranks),
             )
         self._repeat = True

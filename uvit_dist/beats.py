@@ -225,11 +225,11 @@ def serve(name: str, hosts: Sequence[str], fence_s: float) -> tuple[str, BeatSer
     name: of this host, one of hosts. It listens on the address of that name alone; on all where that is loopback, while
     other hosts have addresses in a network.
     """
-    found = _address(name)
+    found = address(name)
     if found is None:  # SLURM's names of nodes need not be those of machines
-        name, found = socket.gethostname(), _address(socket.gethostname())
+        name, found = socket.gethostname(), address(socket.gethostname())
     own = found or ""
-    if own.startswith("127.") and not all((_address(host) or own).startswith("127.") for host in hosts):
+    if own.startswith("127.") and not all((address(host) or own).startswith("127.") for host in hosts):
         own = ""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))  # a connection for each rank
@@ -239,7 +239,8 @@ def serve(name: str, hosts: Sequence[str], fence_s: float) -> tuple[str, BeatSer
         return name, BeatServer("", fence_s)
 
 
-def _address(host: str) -> str | None:
+def address(host: str) -> str | None:
+    """What a host's name is resolved to, or none."""
     try:
         return socket.gethostbyname(host)
     except OSError:

@@ -32,6 +32,8 @@ VERSION = 2
 SEAL = "xxh3"
 MANIFEST, REASON = "manifest.json", "reason.txt"
 """What a checkpoint says of itself; why one was set aside."""
+EMPTY_BYTES = 32
+"""A file without tensors has no more: at ZeRO-0 all but rank 0's."""
 _STEP = re.compile(r"step-(\d{8,})")
 log = logging.getLogger(__name__)
 
@@ -271,9 +273,10 @@ class CheckpointReader:
     def __init__(self, directory: Path, place: float = 0.0) -> None:
         self.directory = directory
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
-        names = [item["name"] for item in self.manifest["files"]]
-        places = {name: number for number, name in enumerate(names)}
-        self._unopened = sorted(names, key=lambda name: -abs(places[name] + 0.5 - place * len(names)))
+        files = [FileRecord(**item) for item in self.manifest["files"]]
+        distance = {file.name: abs(number + 0.5 - place * len(files)) for number, file in enumerate(files)}
+        ordered = sorted(files, key=lambda file: (file.size <= EMPTY_BYTES, distance[file.name]), reverse=True)
+        self._unopened = [file.name for file in ordered]
         self.opened: list[str] = []
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
         self._open_next()
@@ -311,6 +314,8 @@ class CheckpointReader:
     def full(self, kind: str) -> dict[str, Tensor]:
         """All tensors of a kind ("ema", "master"), by parameter name, in shape. Needs no process group."""
         shapes: dict[str, list[int]] = self.manifest["shapes"]
+        while self._unopened:  # before the first read: the directory may go meanwhile
+            self._open_next()
         return {
             name: self.read(kind, name, 0, int(torch.Size(shape).numel())).reshape(shape)
             for name, shape in shapes.items()

@@ -152,6 +152,10 @@ def _attribution_rules(sections: Mapping[str, Any]) -> list[Rule]:
             not rules.replay or sections["train"].deterministic,
             "attribution.replay needs train.deterministic true: without it sound hardware gives two results as well",
         ),
+        (
+            not (rules.replay and sections["speed"].cuda_graphs),
+            "attribution.replay needs speed.cuda_graphs false: a pass that records a graph may compute otherwise",
+        ),
         (rules.replay or rules.replay_every is None, "attribution.replay_every needs attribution.replay true"),
         (
             rules.weights_every is None or stage != 3,

@@ -52,10 +52,10 @@ def findings(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def disagreements(run_dir: str | Path) -> dict[str, int]:
-    """Host → steps in which its results were wrong, in the life of the run."""
+    """Host → steps in which its results alone were wrong, in the life of the run: several are suspects."""
     wrong = Counter[str]()
     for record in findings(run_dir):
-        if record["kind"] in (GRADIENT, WEIGHTS):
+        if record["kind"] in (GRADIENT, WEIGHTS) and len(record["hosts"]) == 1:
             wrong.update(record["hosts"])
     return dict(wrong)
 

@@ -90,7 +90,8 @@ def _as_overrides(args: argparse.Namespace) -> list[str]:
     if args.array is not None:
         return [*ONE_NODE]
     asked = {"nodes": args.nodes, "spares": args.spares}
-    return [f"launch.{key}={value}" for key, value in asked.items() if value is not None]
+    alone = [] if args.job == "train" else ["launch.min_nodes=null"]
+    return alone + [f"launch.{key}={value}" for key, value in asked.items() if value is not None]
 
 
 def _run_here(config: Config, job: str) -> int:

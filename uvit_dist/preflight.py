@@ -128,7 +128,8 @@ def check_training(config: Config, world_size: int) -> tuple[ShardIndex, ShardIn
         check_same_text_encoder(dict(zip(("data.index", "validation.index"), of, strict=True)))
     if held_out is not None and held_out.provenance.source == index.provenance.source:
         log.warning(
-            "validation.index %s holds the images of data.index: its loss is that of training samples; make it of other images, or leave validation out",
+            "validation.index %s holds the images of data.index: its loss is that of training samples; make it of "
+            "other images, or leave validation out",
             held_out.path,
         )
     plan = make_plan(config, index)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from uvit_dist import faults, slurm, watchdog
+from uvit_dist import beats, faults, slurm, watchdog
 from uvit_dist.beats import BeatServer, RankView, alive
 from uvit_dist.config_cluster import Order
 from uvit_dist.errors import HANG_EXIT_CODE, UnavailableError
@@ -124,12 +124,19 @@ class Round:
         return {
             "OMP_NUM_THREADS": str(self.order.profile.cpus_per_task),
             **os.environ,
-            # rank 0 is where this process is, as SLURM starts batch processes, and its name is known to be good
-            "MASTER_ADDR": self.address if self.hosts[0] == watchdog.host_name() else self.hosts[0],
+            "MASTER_ADDR": self._master(),
             "MASTER_PORT": str(self._free_port()),
             watchdog.VARIABLE: f"{self.address}:{self.server.port}:{token}",
             faults.ATTEMPT_VARIABLE: str(self.attempt),
         }
+
+    def _master(self) -> str:
+        """The name or address of rank 0's host: mostly this one, whose name is known to be good. The batch host may be
+        left out, and SLURM's name of another need not be that of a machine."""
+        host = self.hosts[0]
+        if host == watchdog.host_name():
+            return self.address
+        return host if beats.address(host) is not None else slurm.node_address(host) or host
 
     def _free_port(self) -> int:
         """A port that differs from round to round, and from run to run: what is left of an older round must not be met,

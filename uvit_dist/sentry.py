@@ -6,6 +6,7 @@ node. If such a job loses the node of its batch process, it stays RUNNING with n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import subprocess
@@ -33,7 +34,8 @@ log = logging.getLogger("uvit_dist.sentry")
 
 def show_life(order: Order) -> None:
     """Called by the supervisor every few seconds: its sign of life."""
-    _sign(order).touch()
+    with contextlib.suppress(OSError):  # a sign that is missing does no harm: the host is tried before anything follows
+        _sign(order).touch()
 
 
 def _sign(order: Order) -> Path:
@@ -106,6 +108,7 @@ def watch(order: Order, watched: str, silence_s: float) -> None:
 
 def _requeue(order: Order, lost: str) -> None:
     """Note what befell the attempt, as its supervisor would have, and put the job back into the queue."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this step, too, and more is to be done after it
     reason = f"lost {lost}, and the supervisor with it"
     record, events = AttemptLog(order.directory), attempts.read(order.directory)
     log.error("%s", reason)

@@ -230,6 +230,15 @@ def spared(names: Sequence[str], nodes: int) -> list[str]:
     return list(names) if len(sound - set(names)) >= nodes else []
 
 
+def node_address(name: str) -> str | None:
+    """Where SLURM reaches a node: a name or an address; none where it does not tell."""
+    try:
+        told = _call(["scontrol", "--oneliner", "show", "node", name])
+    except _Failed:
+        return None
+    return dict(part.split("=", 1) for part in told.split() if "=" in part).get("NodeAddr")
+
+
 def usable_nodes(partition: str | None) -> set[str]:
     """The nodes of a partition (none: of all) that a job could be given, now or later. Raises ``UnavailableError``."""
     of = [] if partition is None else [f"--partition={partition}"]

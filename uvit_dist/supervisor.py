@@ -126,6 +126,9 @@ class Supervisor:
         stays = {"node_lost": self._goes_on, "hardware": self._can_leave_out}.get(verdict.cause)
         if verdict.cause == "stopped" or (stays is not None and not stays(outcome)):
             return self.succession.requeue(self.notices.reason or verdict.reason)
+        shrunk = len(self.hosts) < self.order.nodes
+        if shrunk and attempts.failures_without_progress(self._events()) == self.most_failures - 1:
+            return self.succession.requeue(f"{verdict.reason}; the last try is made on all nodes")
         return None
 
     # -- the hosts -------------------------------------------------------------------------------------------------
@@ -146,12 +149,17 @@ class Supervisor:
             told = f", without {', '.join(placement.left_out)}" if placement.left_out else ""
             log.info("the ranks run on %s%s", ", ".join(placement.hosts), told)
         self.placement = placement
-        self.sentries.post([*placement.spares, *placement.hosts])
+        self._post_sentries()
         return []
+
+    def _post_sentries(self) -> None:
+        placement = self.placement
+        left_out = [host for host in placement.left_out if host not in self.lost]
+        self.sentries.post([*placement.spares, *placement.hosts, *left_out])
 
     def _probe(self) -> list[str]:
         """Try every host that is left in the allocation. Returns those that are lost now."""
-        left = [host for host in self.allocation if host not in self.lost]
+        left = [host for host in self.allocation if host not in self.lost or host == host_name()]
         found = slurm.lost_hosts(self.succession.job, left, host_name())
         self.lost.update(found)
         return found
@@ -252,7 +260,7 @@ class Supervisor:
         if now >= self._lease_at:
             self._lease_at = now + LEASE_S
             self._check_lease()
-            self.sentries.post([*self.placement.spares, *self.hosts])
+            self._post_sentries()
         was_cancelled = self.notices.cancelled
         stop, end = self.notices.look()
         if self.notices.cancelled and not was_cancelled:  # at once: SLURM may give no more time

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from uvit_dist import stopping, storage
@@ -28,7 +29,7 @@ Result = dict[str, NDArray[Any]]
 T = TypeVar("T")
 POLL_S = 2.0
 """Most seconds between looks at what is in other hands; the first of them, where they become rarer."""
-WATCHED = 8
+WATCHED = 32
 """Units in other hands that a worker with nothing to do looks after at once. If every idle worker read every lease, the
 file system would see the product of their numbers."""
 
@@ -96,7 +97,10 @@ class SharedWork(WorkDirectory):
     def wait(self) -> None:
         """Some seconds, before another look at what is in other hands: the longer it takes, the more."""
         self._waited_s = min(max(POLL_S, 1.5 * self._waited_s), self._lease_s / 4)
-        time.sleep(self._waited_s)
+        until = time.monotonic() + self._waited_s
+        while (left := until - time.monotonic()) > 0:
+            stopping.check()
+            time.sleep(min(left, POLL_S))
 
     def once(self, name: str, found: Callable[[], T | None], make: Callable[[], T]) -> T:
         """What one worker makes for all. found: what was made, if it is there; make: it, durably.
@@ -104,6 +108,7 @@ class SharedWork(WorkDirectory):
         If the worker that makes it dies, another does. Raises what these do, and ``KeyboardInterrupt`` as
         ``stopping.check``.
         """
+        self._waited_s = 0.0
         while (value := found()) is None:
             stopping.check()
             if not self._leases.claim(name, storage.names_in(self.directory)):
@@ -205,16 +210,21 @@ class Leases:
         held = newest_leases(names)
         free = [unit for unit in todo if unit not in held]
         self._random.shuffle(free)
-        for unit in [*free, *self._watched([unit for unit in todo if unit in held])]:
-            if self._claim(unit, held.get(unit)):
+        for unit in free:
+            if self._claim(unit, None):
+                yield unit
+        for unit in self._watched([unit for unit in todo if unit in held]):
+            if self._claim(unit, held[unit]):
                 yield unit
 
     def _watched(self, others: list[str]) -> list[str]:
         """The units in other hands that are looked at now; others when these have had their time."""
+        others.sort(key=lambda unit: xxhash.xxh3_64_intdigest(f"{self.us['token']} {unit}".encode()))  # each its own
         now = time.monotonic()
         if now > self._watch_until:
             self._watching, self._watch_until = [], now + 1.5 * self._lease_s
-        self._watching = [unit for unit in self._watching if unit in others]
+        here = set(others)
+        self._watching = [unit for unit in self._watching if unit in here]
         fresh = [unit for unit in others if unit not in self._watched_before]
         if not fresh and not self._watching:
             self._watched_before, fresh = set(), others

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.slurm_jobs import EVERY, STEPS, assert_as_if_undisturbed
+from tests.slurm_jobs import EVERY, SLOW, STEPS, assert_as_if_undisturbed
 from tests.status_truth import status_lines
 from tests.tiny import losses, traces
 
@@ -35,6 +35,7 @@ def test_without_a_spare_it_shrinks_and_grows_back_when_it_is_requeued(start, wh
     cluster.kill_node(lost)
     job.wait_for(lambda: len(job.of("attempt")) == 2, "it does not go on")
     job.wait_for_step(16)
+    cluster.revive_node(lost)
     cluster.command("scancel", "--signal=USR2", "--batch", job.job_id)
     assert job.wait_for_end()["cause"] == "done", job.told()
     _, shrunk, grown = job.of("attempt")
@@ -75,10 +76,25 @@ def test_the_batch_process_is_lost_with_its_node(start, whole, cluster):
     job.wait_for_step(8)
     lost = job.of("attempt")[0]["hosts"][0]
     cluster.kill_node(lost)
+    job.wait_for(lambda: job.of("requeued"), "it is not requeued")
+    cluster.revive_node(lost)
     assert_as_if_undisturbed(job, whole)
     assert job.causes == ["node_lost", "done"]
     assert job.of("ended")[0]["hosts"] == [lost]
     assert [event["how"] for event in job.of("requeued")] == ["scontrol"]
     again = job.of("attempt")[1]
     assert (again["job_id"], again["restart"]) == (job.job_id, 1)
-    assert lost not in [*again["hosts"], *again["spares"]]
+    assert lost not in [*again["hosts"], *again["spares"]], "it is remembered"
+
+
+def test_the_batch_host_computes_wrongly_and_a_spare_takes_its_ranks(start, whole):
+    """Rank 0 moves to another host than the supervisor's, which goes on where it is."""
+    flips = ";".join(f"flip@rank0,gradient:silent#{micro_batch}/1" for micro_batch in (15, 17, 19))
+    job = start("--spares", "1", "train.deterministic=true", "attribution.replay=true", "attribution.replay_every=8",
+                fault=f"{SLOW};{flips}")  # fmt: skip
+    assert_as_if_undisturbed(job, whole)
+    assert job.causes == ["hardware", "done"]
+    first, second = job.of("attempt")
+    assert job.of("ended")[0]["hosts"] == [first["hosts"][0]]
+    assert second["hosts"] == [first["hosts"][1], *first["spares"]]
+    assert (second["job_id"], job.of("requeued")) == (job.job_id, []), "no trip through the queue"
