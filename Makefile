@@ -3,7 +3,7 @@
 # make unit   the tests that take seconds         make clean  remove what the demo wrote
 # make test-s3  the tests against a real S3 server, which they start
 # make test-slurm  the tests against a real four-node SLURM, which they start
-# make bench OFFICIAL=DIR  all that is measured on a CPU, C1 to C10, in about an hour, and a table of it
+# make bench OFFICIAL=DIR  all that is measured on a CPU, C1 to C10, in about an hour, and a table of it (ROUNDS=3: in half of that)
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
 # make bench-slurm  seconds lost to each kind of fault, on the rehearsal cluster
@@ -21,6 +21,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+ROUNDS ?= 7
 RUN := $(VENV)/bin/python
 
 .PHONY: docs bench env check unit test test-s3 test-slurm soak demo clean bench-data bench-precompute bench-checkpoint bench-step bench-gpu bench-shuffle \
@@ -64,19 +65,19 @@ bench: env
 	$(RUN) -m benchmarks.table
 
 bench-data: env
-	$(RUN) -m benchmarks.data --official "$(OFFICIAL)"
+	$(RUN) -m benchmarks.data --official "$(OFFICIAL)" --rounds $(ROUNDS)
 
 bench-precompute: env
-	$(RUN) -m benchmarks.precompute --official "$(OFFICIAL)"
+	$(RUN) -m benchmarks.precompute --official "$(OFFICIAL)" --rounds $(ROUNDS)
 
 bench-eval: env
-	$(RUN) -m benchmarks.evaluation --official "$(OFFICIAL)"
+	$(RUN) -m benchmarks.evaluation --official "$(OFFICIAL)" --rounds $(ROUNDS)
 
 bench-checkpoint: env
-	$(RUN) -m benchmarks.checkpoint
+	$(RUN) -m benchmarks.checkpoint --rounds $(ROUNDS)
 
 bench-step: env
-	$(RUN) -m benchmarks.step --official "$(OFFICIAL)"
+	$(RUN) -m benchmarks.step --official "$(OFFICIAL)" --rounds $(ROUNDS)
 
 bench-gpu: env
 	$(RUN) -m benchmarks.gpu --out benchmarks/results/gpu.json $(if $(OFFICIAL),--official "$(OFFICIAL)")
