@@ -152,12 +152,13 @@ def trial_config(config: Config, candidate: Candidate, world_size: int) -> Confi
 
 
 def measured(config: Config, candidate: Candidate, world_size: int, found: dict[str, Any], bus: float) -> Measured:
-    """What was found, carried over to all passes and ranks."""
+    """What was found, carried over to all passes and ranks: a rank updates its share of the weights, once."""
     local = trial_config(config, candidate, world_size)
     here = forecast.gpu_memory(local.model, local.train, local.zero, 1, candidate.micro)
     there = tuning.memory(config, candidate, world_size)
     passes = tuning.passes(config, candidate, world_size)
-    compute_s = found["step_s"] * passes / min(MOST_PASSES, passes)
+    update_s = found["update_s"] / (world_size if candidate.stage else 1)
+    compute_s = (found["step_s"] - found["update_s"]) * passes / min(MOST_PASSES, passes) + update_s
     extra = tuning.communication_s(config, candidate, world_size, bus)
     used = found.get("used")
     whole = there.total if used is None else used - here.total + there.total

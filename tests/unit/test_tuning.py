@@ -86,17 +86,22 @@ def test_one_ranks_part_of_an_update():
     assert part.world_size == 1
     assert part.train.global_batch_size == 4 * 8, "four of the sixteen passes"
     assert (part.train.micro_batch_size, part.model.use_checkpoint, part.zero.stage) == (8, "selective", 2)
-    row = tune.measured(config, Candidate(8, "selective", 2), 8, {"step_s": 1.0, "spread": 0.1}, 50 * GB)
-    assert row.compute_s == 4.0
+    found = {"step_s": 1.0, "update_s": 0.2, "spread": 0.1}
+    row = tune.measured(config, Candidate(8, "selective", 2), 8, found, 50 * GB)
+    assert row.compute_s == pytest.approx(4 * 0.8 + 0.2 / 8), "sixteen passes, of which four were measured; one update"
+    whole = tune.measured(config, Candidate(8, "selective", 0), 8, found, 50 * GB)
+    assert whole.compute_s == pytest.approx(4 * 0.8 + 0.2), "at ZeRO-0 each rank updates all"
     sent = forecast.traffic(part.model, config.train, part.zero, 8, 16).total
-    assert row.update_s == pytest.approx(4 + sent / (50 * GB))
+    assert row.update_s == pytest.approx(row.compute_s + sent / (50 * GB))
 
 
 def test_memory_of_one_rank_is_carried_over_to_all():
     config = load_config(H, ["launch.nodes=1"])
     candidate = Candidate(32, True, 1)
     alone = tuning.memory(config, candidate, 1).total
-    row = tune.measured(config, candidate, 8, {"step_s": 1.0, "spread": 0, "peak": 1, "used": alone + 1e9}, GB)
+    row = tune.measured(
+        config, candidate, 8, {"step_s": 1.0, "update_s": 0.1, "spread": 0, "peak": 1, "used": alone + 1e9}, GB
+    )
     assert row.whole == pytest.approx(tuning.memory(config, candidate, 8).total + 1e9)
 
 
@@ -109,4 +114,5 @@ def test_a_killed_process_is_said_and_started_anew(tmp_path):
         assert trials.hello["device"]
         os.kill(trials._process.pid, signal.SIGKILL)
         assert "the process died" in trials.ask(part, 1)["error"]
-        assert trials.ask(part, 1)["step_s"] > 0
+        found = trials.ask(part, 1)
+        assert found["step_s"] > found["update_s"] > 0
