@@ -68,6 +68,8 @@ def test_compiled_blocks_compute_the_same_and_keep_less(use_checkpoint):
             net(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, 2])).sum()
         return sum(seen.values())
 
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of the case before
     plain, compiled = network(use_checkpoint), network(use_checkpoint)
     keys = list(compiled.state_dict())
     compile_blocks(compiled, SpeedConfig(compile=True), CPU)
