@@ -122,8 +122,9 @@ def test_a_cluster_job_without_slurm(data_dir, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_doctor_that_is_ended_leaves_no_probe_behind(number):
     started = subprocess.Popen(
-        [sys.executable, "-m", "uvit_dist.doctor"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "uvit_dist.doctor"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who is started in the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (probe := probes_of(started.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
