@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uvit_dist.score_log import read_lines
+
 FILE = "attempts.jsonl"
 Event = Mapping[str, Any]
 INNOCENT = ("done", "stopped", "cancelled")
@@ -63,19 +65,7 @@ def this_job() -> str | None:
 
 def read(directory: str | Path) -> list[dict[str, Any]]:
     """The events, oldest first; none where the job was never submitted. A line cut by a kill is passed over."""
-    try:
-        lines = Path(directory, FILE).read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    events = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
+    return [event for event in read_lines(Path(directory, FILE)) if "event" in event]
 
 
 def newest_checkpoint(run_dir: str | Path) -> int | None:

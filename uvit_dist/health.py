@@ -6,7 +6,6 @@ One JSON object a line: ``time`` (Unix seconds), ``step`` (updates made), ``kind
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uvit_dist.score_log import append_line
+from uvit_dist.score_log import append_line, read_lines
 
 FILE = "health.jsonl"
 STRAGGLER, GRADIENT, WEIGHTS, DATA = "straggler", "gradient", "weights", "data"
@@ -36,19 +35,7 @@ def note(
 
 def findings(run_dir: str | Path) -> list[dict[str, Any]]:
     """All findings of a run, the oldest first; lines that are not whole are passed over."""
-    try:
-        lines = Path(run_dir, FILE).read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("kind") in KINDS:
-            found.append(record)
-    return found
+    return [record for record in read_lines(Path(run_dir, FILE)) if record.get("kind") in KINDS]
 
 
 def disagreements(run_dir: str | Path) -> dict[str, int]:

@@ -29,15 +29,26 @@ def append_line(path: str | Path, record: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, in order; none without a file. A line cut by a kill is passed over."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    out = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            out.append(record)
+    return out
+
+
 def records(run_dir: str | Path) -> list[dict[str, Any]]:
     """All records of a run, the oldest first; lines that are not whole are passed over."""
-    path, out = path_of(run_dir), []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            out.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return out
+    return read_lines(path_of(run_dir))
 
 
 def distance_of(record: dict[str, Any]) -> float | None:
