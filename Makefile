@@ -45,8 +45,9 @@ check: env
 unit: env
 	$(RUN) -m pytest tests/unit -m "not slow"
 
+# Two processes, which tests/conftest.py gives the tests of a rig, or a file of them, at a time.
 test: check
-	$(RUN) -m pytest --deselect tests/unit/test_layers.py
+	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --deselect tests/unit/test_layers.py
 
 test-s3: env
 	$(RUN) -m pytest -m s3
