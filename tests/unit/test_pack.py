@@ -167,6 +167,9 @@ class Shout:
     def __reduce__(self):
         return print, ("a pickle ran this",)
 
+    def __repr__(self):
+        return "Shout()"
+
 
 @pytest.mark.parametrize("content", [Shout(), np.array([Shout(), 1], dtype=object), b"bytes", {"a": 1}], ids=str)
 def test_pickles_of_anything_but_arrays_are_refused(tmp_path, capsys, content):
