@@ -5,8 +5,8 @@
     python -m docs.make_transcript --dir /tmp/tour --only 3     # the third section alone, where the others have run
 
 In the document a line of a ``console`` block that begins with ``$ `` is a command, and what follows it is replaced. A
-block whose first line is ``# PATH.yaml`` or ``# PATH.py`` is written to that file. The clone has this environment's
-packages. A command that fails ends it, and the document is left as it was.
+block whose first line is ``# PATH.yaml`` or ``# PATH.py`` is written to that file. The clone has nothing but what is
+committed: its first ``make`` installs the environment. A command that fails ends it; the document is then as it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Shell:
         self._process = subprocess.Popen(
             ["bash", "--noprofile", "--norc"], cwd=home / "uvit_dist", text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**environment, "HOME": str(home), "COLUMNS": "120"},
+            env={**environment, "HOME": str(home), "COLUMNS": "120", "PIP_QUIET": "1"},  # pip's errors alone
         )  # fmt: skip
 
     def run(self, command: str) -> str:
@@ -104,15 +104,9 @@ def run_section(text: str, shell: Shell, home: Path) -> str:
 
 
 def clone(home: Path) -> None:
-    """A clone of the commit that is checked out, with links to this environment's packages for its own."""
+    """A clone of the commit that is checked out."""
     home.mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(home / "uvit_dist")], check=True)
-    venv = home / "uvit_dist" / ".venv"
-    venv.mkdir()
-    for path in Path(sys.prefix).iterdir():
-        (venv / path.name).symlink_to(path)
-    (venv / ".installed").unlink(missing_ok=True)
-    (venv / ".installed").touch()  # newer than the clone: make finds its environment installed
 
 
 def main() -> None:
@@ -126,7 +120,8 @@ def main() -> None:
         clone(home)
     head, *sections = re.split(r"^(?=## )", DOCUMENT.read_text(), flags=re.MULTILINE)
     shell = Shell(home)
-    shell.run(". .venv/bin/activate")
+    if (home / "uvit_dist" / ".venv").exists():
+        shell.run(". .venv/bin/activate")
     for number in arguments.only or range(1, len(sections) + 1):
         sections[number - 1] = run_section(sections[number - 1], shell, home)
     DOCUMENT.write_text("".join([head, *sections]))
