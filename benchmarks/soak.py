@@ -195,7 +195,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="with faults (default: 30)")
     parser.add_argument("--mtbf", type=float, default=55, help="mean seconds between two faults (default: 55)")
     parser.add_argument("--seed", type=int, default=1, help="of the faults' times and kinds")
-    parser.add_argument("--steps", type=int, default=1500, help="of the run; more than fit in the time (default: 1500)")
+    parser.add_argument("--steps", type=int, default=3000, help="of the run; more than fit in the time (default: 3000)")
     parser.add_argument("--dir", type=Path, help="where to write (default: the temporary directory)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
     arguments = parser.parse_args()
