@@ -45,9 +45,9 @@ check: env
 unit: env
 	$(RUN) -m pytest tests/unit -m "not slow"
 
-# Two processes, which tests/conftest.py gives the tests of a rig, or a file of them, at a time.
+# Two processes, a file at a time: tests of a cluster wait most of the time.
 test: check
-	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --deselect tests/unit/test_layers.py
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --deselect tests/unit/test_layers.py
 
 test-s3: env
 	$(RUN) -m pytest -m s3
