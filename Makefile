@@ -10,7 +10,7 @@
 # make bench-eval OFFICIAL=DIR  distances, image path and guided sampling of an evaluation against the official code
 # make bench-checkpoint  how long training stands still for a checkpoint
 # make docs  the documentation site, in docs/_build/html
-# make soak  for hours: more seeds of the tests that kill at random
+# make soak  for hours: more seeds of the tests that kill at random, and more settings of the forecast of memory
 # make bench-step OFFICIAL=DIR  speed of the training step and the EMA against the official code; bytes that ZeRO-1 moves
 # make bench-gpu [OFFICIAL=DIR]  all that is measured on a GPU, in nine minutes
 # make bench-scaling  projections to 8, 64 and 512 GPUs from what is measured; draws docs/scaling.png
@@ -58,6 +58,7 @@ test-slurm: env
 soak: env
 	UVIT_DIST_SOAK=50 $(RUN) -m pytest tests/integration/test_precompute.py -k killed_at_random
 	UVIT_DIST_SOAK=100 $(RUN) -m pytest tests/integration/test_checkpoints.py -k killed
+	UVIT_DIST_SOAK=1 $(RUN) -m pytest tests/integration/test_memory.py
 
 # Each by itself, whatever becomes of the others; the table says what passed.
 bench: env
