@@ -45,7 +45,7 @@ def _rank_main(function: Callable, environment: dict[str, str], log: str, out: s
         raise
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 400) -> list[Any]:
     """function(*args) on every rank, with the environment of a launcher. Returns what the ranks return, in order."""
     with tempfile.TemporaryDirectory() as directory:
         port = free_port()

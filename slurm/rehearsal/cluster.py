@@ -291,13 +291,14 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """The node loses power: its slurmd, all slurmstepd and all processes of jobs there are killed.
 
-        Raises ``ValueError`` where there is no such node.
+        They stop first, so that none lives to see, and to answer, the death of another. Raises ``ValueError`` where
+        there is no such node.
         """
         self._check(node)
-        for _ in range(2):  # what was started meanwhile, too
+        for number in (signal.SIGSTOP, signal.SIGSTOP, signal.SIGKILL):  # twice: what was started meanwhile, too
             for pid in [*self._daemons(node), *self.processes(node)]:
                 with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, number)
         self._reap()
 
     def revive_node(self, node: str, wait: bool = True) -> None:

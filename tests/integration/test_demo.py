@@ -28,7 +28,7 @@ def test_killed_and_interrupted_the_demo_goes_on(tmp_path, demo):
     wait_for_step(tmp_path, 7, first)
     first.kill()  # -9 to the demo alone: launcher and ranks must end too
     first.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while workers_of(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert workers_of(tmp_path) == []
@@ -37,7 +37,7 @@ def test_killed_and_interrupted_the_demo_goes_on(tmp_path, demo):
     second = demo(slow)
     wait_for_step(tmp_path, reached + 5, second)
     os.killpg(second.pid, signal.SIGINT)  # what a terminal's Ctrl-C does
-    out, err = second.communicate(timeout=60)
+    out, err = second.communicate(timeout=400)
     assert second.returncode == 75, err
     assert "Traceback" not in err
     assert "resumed from" in err
@@ -45,7 +45,7 @@ def test_killed_and_interrupted_the_demo_goes_on(tmp_path, demo):
     assert (tmp_path / f"checkpoints/step-{stopped_at:08d}").is_dir(), "saved when it was interrupted"
 
     third = demo(f"train.steps={stopped_at + 2}")
-    out, err = third.communicate(timeout=240)
+    out, err = third.communicate(timeout=400)
     assert f"resumed from {tmp_path}/checkpoints/step-{stopped_at:08d}" in err
     assert "$ python -m uvit_dist.launch --config configs/digits_demo.yaml" in out
     assert "untrained weights" in out

@@ -34,7 +34,7 @@ def start():
 
 
 def wait_for_step(run_dir, step, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if (run_dir / "metrics.jsonl").exists() and max(losses(run_dir), default=0) >= step:
             return
@@ -71,7 +71,7 @@ def test_interrupted_killed_and_locked_out_it_goes_on_where_it_was(data_dir, tmp
     assert f"{tmp_path}: another job is running in it" in second.stderr
 
     first.send_signal(signal.SIGINT)
-    _, told = first.communicate(timeout=60)
+    _, told = first.communicate(timeout=400)
     assert first.returncode == 75, told
     assert "stopping: the ranks save their state" in told
     assert "Traceback" not in told
@@ -82,7 +82,7 @@ def test_interrupted_killed_and_locked_out_it_goes_on_where_it_was(data_dir, tmp
     wait_for_step(tmp_path, stopped_at + 25, third)
     third.kill()  # -9, to the launcher alone: its ranks must not live on and write
     third.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 400
     while workers_of(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert workers_of(tmp_path) == []
@@ -107,7 +107,7 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(data_dir, tmp_path, start):
     wait_for_step(tmp_path, 2, process)
     (victim,) = [pid for pid in workers_of(tmp_path) if b"\0RANK=1\0" in environment_of(pid)]
     os.kill(victim, signal.SIGKILL)
-    _, told = process.communicate(timeout=90)
+    _, told = process.communicate(timeout=400)
     assert process.returncode == 1
     assert "error: rank 1 ended first, by SIGKILL; out of memory?" in told
     assert "start the same command again to go on" in told
@@ -119,7 +119,7 @@ def test_without_slurm_it_says_what_to_do_instead(tmp_path):
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable)}
     done = subprocess.run(
         [sys.executable, "-m", "uvit_dist.launch", "--config", DEMO, "launch.target=slurm", f"run_dir={tmp_path}/run"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 78
     for remedy in ("--local N", "--dry-run", "slurm/rehearsal"):
@@ -138,12 +138,12 @@ def test_ranks_started_by_torchrun_or_one_alone(data_dir, tmp_path):
         ranks = 2 if name == "torchrun" else 1
         config = tiny_config(data_dir, run_dir, f"launch.processes_per_node={ranks}", "train.steps=3")
         path.write_text(dump_config(config))
-        done = subprocess.run([*starter, *worker, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*starter, *worker, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         assert list(losses(run_dir)) == [1, 2, 3]
     assert traces(tmp_path / "torchrun") == traces(tmp_path / "alone")
 
     path.write_text(path.read_text().replace("global_batch_size: 24", "global_batch_size: 25"))
-    done = subprocess.run([sys.executable, *worker, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *worker, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 78
     assert "train.global_batch_size 25 must be divisible by data.lanes 12" in done.stderr

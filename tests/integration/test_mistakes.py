@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 def launch(*arguments):
     command = [sys.executable, "-m", "uvit_dist.launch", "--config", str(DEMO), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
 
 
 def files(directory):

@@ -30,7 +30,7 @@ def told(*command, code, **environment):
     """What a command that fails with this code says on stderr. A variable that is None is unset."""
     given = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=180, env=given
+        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=400, env=given
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr, done.stderr
@@ -177,7 +177,7 @@ def test_no_command_needs_the_environment_to_say_that_it_is_not_active():
         for module in modules
     }
     for module, process in started.items():
-        out, message = process.communicate(timeout=60)
+        out, message = process.communicate(timeout=400)
         assert process.returncode == 78, f"{module}: {out}{message}"
         assert message.startswith(f"error: {sys.executable} is not the environment of uvit_dist: it has no module ")
         assert "make env, then . .venv/bin/activate; or, in an environment of your own: pip install ." in message
@@ -188,7 +188,7 @@ def test_an_import_that_fails_in_our_own_code_keeps_its_traceback(tmp_path):
     copy = shutil.copytree(ROOT / "uvit_dist", tmp_path / "uvit_dist")
     (copy / "run_state.py").write_text("from uvit_dist import of_no_such_name\n")
     done = subprocess.run(
-        [sys.executable, "-m", "uvit_dist.status"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        [sys.executable, "-m", "uvit_dist.status"], capture_output=True, text=True, cwd=tmp_path, timeout=400
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 def call(*arguments, code=0):
     done = subprocess.run(
         [sys.executable, "-m", "slurm.rehearsal", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -39,7 +39,7 @@ def test_it_is_started_broken_and_stopped_by_commands(slurm_cluster, tmp_path):
         environment = {**slurm_cluster.environment, "SLURM_CONF": f"{directory}/slurm.conf"}
 
         def slurm(*arguments):
-            done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=400, check=False)
             assert done.returncode == 0, done.stderr
             return done.stdout.split()
 
@@ -68,7 +68,7 @@ def test_a_node_loses_power_with_all_that_runs_there(cluster):
         "--wrap=srun sleep 300",
     ).strip()  # fmt: skip
     cluster.wait_state(job, "RUNNING")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(cluster.processes(containing="sleep 300")) < 3:  # and the batch script
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -94,7 +94,7 @@ def test_the_daemons_die_with_who_started_them(tmp_path):
         daemons = [line for line in processes_of(tmp_path) if line.startswith(("slurmd ", "slurmctld "))]
         assert len(daemons) == 5
         starter.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while processes_of(tmp_path):
         assert time.monotonic() < deadline, processes_of(tmp_path)
         time.sleep(0.1)
@@ -110,8 +110,8 @@ def test_a_path_without_scontrol_has_all_else(cluster):
     path = cluster.path_without("scontrol")
     environment = {**cluster.environment, "PATH": path}
     told = subprocess.run(
-        ["sinfo", "--noheader"], env=environment, capture_output=True, text=True, timeout=30, check=True
+        ["sinfo", "--noheader"], env=environment, capture_output=True, text=True, timeout=400, check=True
     )
     assert "idle" in told.stdout
-    missing = subprocess.run(["sh", "-c", "command -v scontrol"], env=environment, timeout=30, check=False)
+    missing = subprocess.run(["sh", "-c", "command -v scontrol"], env=environment, timeout=400, check=False)
     assert missing.returncode != 0

@@ -17,7 +17,7 @@ ONE = "launch.processes_per_node=1"
 
 def command(module, *arguments):
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=200
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=400
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

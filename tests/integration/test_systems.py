@@ -23,7 +23,7 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*PIXELS, *LATENTS, *TEXT])
 def test_a_system_runs_from_images_to_scores(name, root, tmp_path):
-    (scores,) = run_ranks(whole_system, 1, name, root, tmp_path, timeout=240)
+    (scores,) = run_ranks(whole_system, 1, name, root, tmp_path, timeout=400)
     assert scores["samples"] == 10
     assert scores["step"] == 4
     distance = scores["fid" if name == INCEPTION else "frechet_distance"]

@@ -46,7 +46,7 @@ class Ranks:
         return self.directory / f"rank-{rank}.log"
 
     def wait_for(self, condition, what):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not condition(self.server.views()):
             assert time.monotonic() < deadline, (what, self.server.views())
             time.sleep(0.05)
