@@ -34,8 +34,9 @@ from tests.tiny import losses, traces
 from uvit_dist import attempts, forecast
 
 COMMAND = "make soak-cluster"
-STEP_S, EVERY, NODES, BOOT_S = 0.3, 20, 6, 25.0
-"""Seconds that each step is slowed by; steps between two saves; nodes; seconds until a dead node boots again."""
+STEP_S, EVERY, NODES, BOOT_S, AGAIN_S = 0.3, 20, 6, 25.0, 3.0
+"""Seconds that each step is slowed by; steps between two saves; nodes; seconds until a dead node boots again, and until
+another fault is tried in place of one that met nothing."""
 
 
 def kill_all_ranks(job: SlurmJob) -> None:
@@ -100,12 +101,18 @@ class Nodes:
                 self._cluster.revive_node(node, wait=False)
 
 
+def is_over(job: SlurmJob) -> bool:
+    """Whether the run has ended. Nobody cancels it: what looks so is an operator's requeue that has only begun."""
+    end = attempts.finished(job.events)
+    return end is not None and end["cause"] != "cancelled"
+
+
 def soak(job: SlurmJob, seconds: float, mtbf_s: float, draw: random.Random) -> list[dict[str, Any]]:
     """Let faults happen for so long, then let the run end. Returns {"kind", "time", "met"} of each fault."""
     nodes, happened, order, missed = Nodes(job.cluster), list[dict[str, Any]](), list[str](), list[str]()
     end = time.monotonic() + seconds
     due = time.monotonic() + draw.expovariate(1 / mtbf_s)
-    while time.monotonic() < end and attempts.finished(job.events) is None:
+    while time.monotonic() < end and not is_over(job):
         nodes.look()
         time.sleep(0.5)
         if time.monotonic() < due:
@@ -119,6 +126,7 @@ def soak(job: SlurmJob, seconds: float, mtbf_s: float, draw: random.Random) -> l
         except (LookupError, ValueError, OSError, subprocess.CalledProcessError) as error:
             print(f"{kind}: nothing there to meet ({error})", file=sys.stderr, flush=True)
             missed.append(kind)  # the run starts, or waits in the queue: first in the next order
+            due = time.monotonic() + AGAIN_S
             continue
         happened.append({"kind": kind, "time": at, "at_step": step})
         print(f"{len(happened):3} {kind} at step {step}", file=sys.stderr, flush=True)
@@ -185,7 +193,7 @@ def run(directory: Path, minutes: float, mtbf_s: float, seed: int, steps: int) -
         began = time.time()
         faults = soak(job, 60 * minutes, mtbf_s, random.Random(seed))
         ended = time.time()
-        job.wait_for(lambda: attempts.finished(job.events), "it does not end", 3600)
+        job.wait_for(lambda: is_over(job), "it does not end", 3600)
         return {"seed": seed, **judged(job, whole, faults, began, ended), "told": faults}
 
 
@@ -193,7 +201,7 @@ def main() -> int:
     """Returns the exit code: 1 where the run came out otherwise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30, help="with faults (default: 30)")
-    parser.add_argument("--mtbf", type=float, default=55, help="mean seconds between two faults (default: 55)")
+    parser.add_argument("--mtbf", type=float, default=50, help="mean seconds between two faults (default: 50)")
     parser.add_argument("--seed", type=int, default=1, help="of the faults' times and kinds")
     parser.add_argument("--steps", type=int, default=3000, help="of the run; more than fit in the time (default: 3000)")
     parser.add_argument("--dir", type=Path, help="where to write (default: the temporary directory)")
