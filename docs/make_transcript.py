@@ -67,6 +67,7 @@ def shown(output: str, home: Path) -> str:
     for real, neutral in ((str(home), "~"), (str(ROOT), "~/uvit_dist"), (socket.gethostname(), "localhost")):
         lines = [re.sub(rf"(?<!\w){re.escape(real)}(?!\w)", neutral, line) for line in lines]
     lines = [line if len(line) <= WIDTH else line[:WIDTH] + " …" for line in lines]
+    lines = [f" {line}" if line.startswith("$ ") else line for line in lines]  # what a program printed is no command
     alike = (list(group) for _, group in itertools.groupby(lines, lambda line: ALIKE.sub("", line)))
     lines = [line for group in alike for line in ([group[0], "…", group[-1]] if len(group) > 4 else group)]
     if len(lines) > FIRST + LAST + 1:
