@@ -46,6 +46,7 @@ def test_a_profile_is_written_and_changes_nothing(data_dir, tmp_path):
         assert sum(shares) == pytest.approx(100, abs=0.3)
         assert all(float(found[name][0]) > 0 for name in ("compute", "communication", "host"))
         longest = [float(rest[0]) for name, rest in found.items() if name.startswith("aten::")]
+        assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
         assert longest
         assert longest == sorted(longest, reverse=True)
         assert min(longest) > 0
