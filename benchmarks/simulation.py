@@ -1,4 +1,4 @@
-"""What grows with the number of ranks, by simulation: no network and no torch in the ranks, one process for them all.
+"""What grows with the number of ranks, by simulation: no network and no torch in the ranks, a few processes for all.
 
     make bench-simulation
 
@@ -18,13 +18,9 @@ import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import tracemalloc
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import ROOT, provenance
-from uvit_dist import work
+from benchmarks.simulated_evaluation import counted, evaluation
 from uvit_dist.beats import BeatServer, alive
 from uvit_dist.data import plan as plan_module
 from uvit_dist.data.plan import Plan
@@ -60,28 +56,6 @@ def seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
         work()
         out.append(time.perf_counter() - began)
     return statistics.median(out)
-
-
-@contextmanager
-def counted(module: Any, names: Sequence[str]) -> Iterator[Counter[str]]:
-    """Counts calls of a module's functions."""
-    calls, before, lock = Counter[str](), {name: getattr(module, name) for name in names}, threading.Lock()
-
-    def wrapped(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with lock:
-                calls[name] += 1
-            return before[name](*args, **kwargs)
-
-        return call
-
-    try:
-        for name in names:
-            setattr(module, name, wrapped(name))
-        yield calls
-    finally:
-        for name, function in before.items():
-            setattr(module, name, function)
 
 
 # -- the supervisor ----------------------------------------------------------------------------------------------------
@@ -241,44 +215,6 @@ def _cut(tensors: list[int], first: int, last: int) -> list[tuple[str, int, int]
     ]
 
 
-# -- an evaluation -----------------------------------------------------------------------------------------------------
-
-
-def evaluation(workers: int, units: int, folder: Path) -> dict[str, Any]:
-    """The units of an evaluation, shared by so many workers at once."""
-    names = [f"images-{number:06d}" for number in range(units)]
-    done, times, lock = Counter[str](), list[float](), threading.Lock()
-    begin = threading.Barrier(workers)
-
-    def one() -> None:
-        shared = work.SharedWork(str(folder), names, lease_s=3600)
-        begin.wait()
-        while shared.missing():
-            began = time.thread_time()
-            unit = shared.claim()
-            took = time.thread_time() - began
-            if unit is None:
-                return  # all are in other hands: in earnest it waits for them
-            time.sleep(UNIT_S)
-            shared.put(unit, {"features": np.zeros(4)})
-            with lock:
-                done[unit] += 1
-                times.append(took)
-
-    asked = ["names_in", "create", "write_bytes", "read_bytes", "remove", "exists"]
-    with counted(work.storage, asked) as calls, ThreadPoolExecutor(workers) as pool:
-        for result in [pool.submit(one) for _ in range(workers)]:
-            result.result()
-    return {
-        "units": units,
-        "decision_s": statistics.median(times),
-        "requests": sum(calls.values()),
-        "requests_of_a_unit": sum(calls.values()) / units,
-        "done_twice": sum(done.values()) - len(done),
-        "right": set(done) == set(names) and not work.WorkDirectory(str(folder), names).missing(),
-    }
-
-
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +226,7 @@ def simulate(count: int) -> dict[str, Any]:
             "supervisor": supervisor(count),
             "plan": plan(count),
             "checkpoints": checkpoints(count, Path(name, "run")),
-            "evaluation": evaluation(count, UNITS_EACH * count, Path(name, "units")),
+            "evaluation": evaluation(count, UNITS_EACH * count, UNIT_S, Path(name, "units")),
         }
 
 
@@ -378,7 +314,7 @@ def main(given: Sequence[str] | None = None) -> int:
         rows.append(simulate(count))
         print(f"{count} ranks done", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as name:
-        fid = evaluation(max(arguments.ranks), FID_UNITS, Path(name))
+        fid = evaluation(max(arguments.ranks), FID_UNITS, UNIT_S, Path(name))
     right = all(part["right"] for row in rows for part in row.values() if isinstance(part, dict)) and fid["right"]
     setting = {"images": IMAGES, "shard": SHARD, "lanes": LANES, "batch": BATCH, "block": BLOCK, "part": PART,
                "units_each": UNITS_EACH, "tensors": TENSORS}  # fmt: skip

@@ -33,6 +33,10 @@ WATCHED = 32
 """Units in other hands that a worker with nothing to do looks after at once. If every idle worker read every lease, the
 file system would see the product of their numbers."""
 
+MISSES = 4
+"""Claims that may fail before another look at which units are free: a thousand workers that begin with one list of 200
+free units would else ask for almost every one of them."""
+
 
 class WorkDirectory:
     """Results of named units, in order, under one directory. A result is there whole or not at all.
@@ -81,13 +85,15 @@ class SharedWork(WorkDirectory):
 
     def claim(self) -> str | None:
         """A unit to do, now this worker's; none where all are done or in other hands."""
-        names = storage.names_in(self.directory)
-        for unit in self._leases.claims(self.missing(names), names):
+        while True:
+            names = storage.names_in(self.directory)
+            unit = next(self._leases.claims(self.missing(names), names), None)
+            if unit is None:
+                return None
             if not all(storage.exists(self.path(unit, ending)) for ending in self._endings):
                 self._waited_s = 0.0
                 return unit
-            self._leases.release(unit)  # done between the listing and the claim
-        return None
+            self._leases.release(unit)  # done between the listing and the claim: so may others be
 
     def put(self, unit: str, result: Result) -> None:
         """Store a claimed unit's arrays, and with that its lease ends."""
@@ -210,9 +216,13 @@ class Leases:
         held = newest_leases(names)
         free = [unit for unit in todo if unit not in held]
         self._random.shuffle(free)
-        for unit in free:
-            if self._claim(unit, None):
+        missed = 0
+        while free:
+            if self._claim(unit := free.pop(), None):
                 yield unit
+            elif (missed := missed + 1) % MISSES == 0:  # many claim at once: what have they left?
+                taken = newest_leases(storage.names_in(self.directory))
+                free = [unit for unit in free if unit not in taken]
         for unit in self._watched([unit for unit in todo if unit in held]):
             if self._claim(unit, held[unit]):
                 yield unit

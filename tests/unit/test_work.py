@@ -248,3 +248,15 @@ def test_a_worker_with_nothing_to_do_looks_after_a_few_units_at_a_time_and_finds
         holder.show_life()
         clock.now += LEASE_S / 4
     assert taken == units[-1:], "its holder showed no life, all others did"
+
+
+def test_a_worker_whose_claims_fail_looks_again_at_what_is_free(workers, directory, monkeypatch):
+    units = [f"unit-{number:03d}" for number in range(100)]
+    early, late = workers(), workers()
+    before = early.claims(units, [])
+    assert len({next(before) for _ in range(90)}) == 90
+    tried = []
+    create = storage.create
+    monkeypatch.setattr(storage, "create", lambda path, content: tried.append(path) or create(path, content))
+    assert len(list(late.claims(units, []))) == 10, "its list was of before"
+    assert len(tried) < 10 + 2 * work.MISSES
