@@ -287,9 +287,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, (title, lines) in zip(axes.flat, pictures.items(), strict=True):
         for label, part, key, factor in lines:
             axis.plot(ranks, [row[part][key] * factor for row in rows], marker="o", label=label)
-        axis.set(title=title, xlabel="ranks", xscale="log", yscale="log", xticks=ranks)
+        axis.set(title=title, xlabel="ranks", xscale="log", xticks=ranks)
         axis.set_xticks(ranks, [f"{count:,}" for count in ranks])
-        axis.margins(y=0.2)
+        axis.margins(y=0.7)  # room for the legend
+        if len(lines) > 1:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=9)
