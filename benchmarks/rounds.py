@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,38 @@ def rounds(sides: Mapping[str, Side], count: int) -> dict[str, list[float]]:
             if number >= WARM_UPS:
                 found[name].append(done)
     return found
+
+
+class Apart:
+    """A side in a process of its own, as its users have it: what others allocate and free is not in its way.
+
+    make: gives the side, in that process; called with args. Raises ``EOFError`` where it failed there.
+    """
+
+    def __init__(self, make: Callable[..., Side], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._end, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, *args))
+        self._process.start()
+        theirs.close()
+
+    def __call__(self) -> float:
+        """Its part of a round."""
+        self._end.send(None)
+        return float(self._end.recv())
+
+    def close(self) -> None:
+        """End the process."""
+        self._end.close()
+        self._process.join()
+
+
+def _serve(end: Connection, make: Callable[..., Side], *args: Any) -> None:
+    side = make(*args)
+    with contextlib.suppress(EOFError):
+        while True:
+            end.recv()
+            end.send(side())
 
 
 def timed(work: Callable[[], int]) -> float:

@@ -7,10 +7,11 @@
 C3: one whole step in fp32 on the shape of U-ViT-S/2 with labels, 16 samples: draws, forward, backward, AdamW, EMA. The
 official side is its own train state, loss, optimizer, rate and EMA, imported as they are, with its activation
 checkpointing (the setting of its M, L and H) and without. Ours is the Engine under DeepSpeed at stage 0, with the draws
-by sample id. The gate is that of benchmarks.official_parity: twenty steps, and controls that must fail it. C4: the EMA
-of 44.8 million weights against the official loop. C10: what a rank of two sends over loopback in a step at ZeRO-1,
-headers too, against 2 (N - 1)/N times the weights' bytes: the gradients' sums, and the weights. Exit code 1 below
-"pass" or where a gate fails.
+by sample id. Each side has a process of its own, as its users have it: in one, each finds the heap as the others left
+it, and zeroed pages from the kernel took up to 2 of 8 s of a step. The gate is that of benchmarks.official_parity:
+twenty steps, and controls that must fail it. C4: the EMA of 44.8 million weights against the official loop. C10: what a
+rank of two sends over loopback in a step at ZeRO-1, headers too, against 2 (N - 1)/N times the weights' bytes: the
+gradients' sums, and the weights. Exit code 1 below "pass" or where a gate fails.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ROOT, official_parity
-from benchmarks.rounds import Side, keep, ratios, result, rounds, show, timed
+from benchmarks.rounds import Apart, Side, keep, ratios, result, rounds, show, timed
 from uvit_dist import dist
 from uvit_dist.config import Config
 from uvit_dist.config_yaml import load_config
@@ -43,6 +44,7 @@ from uvit_dist.engine import Engine
 from uvit_dist.errors import UserError
 from uvit_dist.guard import Guard
 from uvit_dist.loss import Objective
+from uvit_dist.models.cpu import keep_memory
 from uvit_dist.models.uvit import UViT
 
 COMMAND = "make bench-step OFFICIAL=DIR"
@@ -82,8 +84,9 @@ def batch_of(number: int, count: int = BATCH) -> Batch:
 # -- C3 ----------------------------------------------------------------------------------------------------------------
 
 
-def official_side(modules: official_parity.Modules, use_checkpoint: bool) -> Side:
-    """Steps in a second of the official code."""
+def official_side(use_checkpoint: bool) -> Side:
+    """Steps in a second of the official code in the folder OFFICIAL."""
+    modules = official_parity.official_modules(official_parity.official_directory())
     net = {**S2, "use_checkpoint": use_checkpoint}
     case = replace(official_parity.LABELS, net=net)
     utils, settings = modules["utils"], modules[f"configs.{case.system}"].get_config()
@@ -112,7 +115,9 @@ def official_side(modules: official_parity.Modules, use_checkpoint: bool) -> Sid
 
 
 def our_side() -> Side:
-    """Steps in a second of ours."""
+    """Steps in a second of ours, in a process as a training's worker sets it up."""
+    dist.start(dist.Ranks(), 60)
+    keep_memory()
     config = configuration()
     torch.manual_seed(1)
     engine, objective = Engine(UViT(**config.model.model_dump()), config, dist.Ranks()), Objective(config)
@@ -132,9 +137,11 @@ def measure_c3(modules: official_parity.Modules, official: Path, count: int) -> 
     """The result of C3."""
     rows = list(official_parity.judge_all(modules))
     gates = {f"parity: {row['name']}": bool(row["right"]) for row in rows}
-    sides = {"ours": our_side(), "official_plain": official_side(modules, use_checkpoint=False),
-             "official_checkpointed": official_side(modules, use_checkpoint=True)}  # fmt: skip
+    sides = {"ours": Apart(our_side), "official_plain": Apart(official_side, False),
+             "official_checkpointed": Apart(official_side, True)}  # fmt: skip
     found = rounds(sides, count)
+    for side in sides.values():
+        side.close()
     against = {f"vs_{name}": ratios(found["ours"], found[name]) for name in sides if name != "ours"}
     setting = {**S2, "batch": BATCH, "precision": "fp32", "threads": torch.get_num_threads()}
     return result("C3", LIMITS["C3"], against, gates, {"unit": "steps/s", **found}, setting, COMMAND,

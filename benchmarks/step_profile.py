@@ -3,15 +3,20 @@
     .venv/bin/python -m benchmarks.step_profile --official DIR     DIR: a checkout of the official code
 
 Prints a table, ms of one step: of all operations without the time of those they call, what lies between them (Python),
-and the operations that take longest. The profiler itself takes time, alike on all sides; rates are those of C3.
+and the operations that take longest. Each side has a process of its own. The profiler itself takes time, alike on all
+sides; rates are those of C3.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,10 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import official_parity
 from benchmarks.rounds import Side
 from benchmarks.step import official_side, our_side
-from uvit_dist import dist
 from uvit_dist.errors import UserError
 
-WARM, STEPS, LONGEST = 1, 3, 8
+WARM, STEPS, LONGEST = 3, 3, 8
 KINDS = {
     "products": ("mm", "addmm", "bmm", "linear", "convolution", "mkldnn"),
     "attention": ("scaled_dot_product", "flash_attention", "softmax"),
@@ -48,8 +52,9 @@ def kind_of(name: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
-def profiled(side: Side) -> tuple[float, dict[str, float]]:
+def profiled(make: Callable[..., Side], *args: bool) -> tuple[float, dict[str, float]]:
     """ms of a step, and of each operation in it, of STEPS steps after WARM."""
+    side = make(*args)
     for _ in range(WARM):
         side()
     began = time.perf_counter()
@@ -80,16 +85,18 @@ def main() -> int:
     parser.add_argument("--official", default="", help="checkout of the official code")
     os.environ["OFFICIAL"] = parser.parse_args().official
     try:
-        modules = official_parity.official_modules(official_parity.official_directory())
+        official_parity.official_directory()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    dist.start(dist.Ranks(), 60)
-    sides = {"ours": our_side(), "official, plain": official_side(modules, use_checkpoint=False),
-             "official, checkpointed": official_side(modules, use_checkpoint=True)}  # fmt: skip
-    print(table({name: profiled(side) for name, side in sides.items()}))
+    sides: dict[str, tuple[Any, ...]] = {"ours": (our_side,), "official, plain": (official_side, False),
+                                         "official, checkpointed": (official_side, True)}  # fmt: skip
+    found = {}
+    for name, side in sides.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            found[name] = alone.submit(profiled, *side).result()
+    print(table(found))
     print(f"\n{STEPS} steps after {WARM}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    dist.stop()
     return 0
 
 

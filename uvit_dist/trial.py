@@ -22,6 +22,7 @@ from uvit_dist.data.batch import Batch
 from uvit_dist.dist import Ranks
 from uvit_dist.engine import Engine
 from uvit_dist.loss import Objective
+from uvit_dist.models.cpu import keep_memory
 from uvit_dist.models.uvit import UViT
 from uvit_dist.train import micro_batches
 
@@ -128,6 +129,7 @@ def main() -> None:
     if ranks.device.type == "cuda":
         tell({"device": torch.cuda.get_device_name(), "memory": torch.cuda.mem_get_info()[1]})
     else:
+        keep_memory()
         tell({"device": "CPU", "memory": None})
     for line in sys.stdin:
         asked = json.loads(line)

@@ -88,6 +88,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from uvit_dist import dist, metrics
+    from uvit_dist.models.cpu import keep_memory
 
     ranks = dist.ranks_from_environment()
     metrics.set_up_logging(config.run_dir, ranks, name)
@@ -113,6 +114,8 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if ranks.device.type == "cpu":
+        keep_memory()
     watchdog.progress(watchdog.JOINING)
     if job == "preflight":
         from uvit_dist.rank_check import check_ranks

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -56,3 +59,23 @@ def test_rounding_goes_by_images_and_keeps_the_layout() -> None:
     assert to_uint8(last).stride() == last.stride()
     assert torch.equal(to_unit_range(expected), expected.float() / 255)
     assert images.min() < -1.1, "the images themselves are left as they are"
+
+
+REUSE = """
+import resource, sys
+import torch
+from uvit_dist.models.cpu import keep_memory
+
+assert not int(sys.argv[1]) or keep_memory()
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    large = [torch.ones(12 * 2**20) for _ in range(3)]
+    del large
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_used_again() -> None:
+    """Page faults of the last of twelve rounds with three tensors of 48 MiB; the heap takes a few to settle."""
+    freed, kept = (int(subprocess.check_output([sys.executable, "-c", REUSE, keep])) for keep in ("0", "1"))
+    assert kept < freed / 20

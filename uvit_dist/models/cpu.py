@@ -1,12 +1,33 @@
-"""Networks for inference on a CPU: linear layers by oneDNN."""
+"""Networks on a CPU: memory that stays with the process, and for inference linear layers by oneDNN."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
+import logging
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
+
+log = logging.getLogger(__name__)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
+MAPPED_FROM = 2**30
+"""Bytes from which on a tensor's memory comes from the kernel and goes back to it."""
+
+
+def keep_memory() -> bool:
+    """Have the process keep the memory of tensors that are freed, for the next ones. Returns whether that could be set.
+
+    Else glibc gives tensors of 32 MiB and more, and what is free at the end of its heap, back to the kernel, which
+    hands out pages filled with zeros again, at each step: a fiftieth of a step's time or more.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    kept = mallopt is not None and mallopt(_M_TRIM_THRESHOLD, -1) == 1 and mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM) == 1
+    if not kept:
+        log.debug("this C library does not let a process keep the memory of freed tensors")
+    return kept
 
 
 class ConvolutionLinear(nn.Linear):

@@ -113,7 +113,9 @@ class Attention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """qkv: (B, L, 3D), what ``self.qkv`` makes of the tokens. Returns (B, L, D)."""
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        parts = rearrange(qkv, "B L (K H D) -> B L K H D", K=3, H=self.num_heads).unbind(2)
+        # Their gradients are joined where they are in memory: split along a leading K they would be copied once more.
+        q, k, v = (rearrange(part, "B L H D -> B H L D") for part in parts)
         return self.proj(rearrange(scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)"))
 
 
