@@ -15,8 +15,10 @@ import argparse
 from pathlib import Path
 
 from uvit_dist import storage
+from uvit_dist.dist import Ranks
 from uvit_dist.errors import ConfigError, explained_exit
 from uvit_dist.evaluation.point import png
+from uvit_dist.models.cpu import keep_memory
 from uvit_dist.pipeline import UViTPipeline
 
 
@@ -47,6 +49,8 @@ def main() -> None:
         parser.error("--count and --batch-size must be at least 1")
     if args.seed < 0 or args.grid.suffix.lower() != ".png":
         parser.error("--seed must be 0 or more, and --grid the name of a .png")
+    if Ranks().device.type == "cpu":
+        keep_memory()
     with explained_exit():
         pipeline = UViTPipeline.from_pretrained(args.checkpoint, *args.overrides, weights=args.weights)
         images = pipeline.tensors(labels_of(args.labels), args.prompt, args.count, args.seed, args.batch_size)
