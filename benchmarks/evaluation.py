@@ -6,9 +6,9 @@ C5: the Fréchet distance of 2048 features from means and covariances; and the m
 50,000 features to mean and covariance. C6: images as the decoder gives them to Inception's input: theirs through PNG
 files, with the official writer and reader; ours by rounding as that writer does. C7: guided sampling, 50 calls of the
 network with DPM-Solver++, from the same weights, noise and labels; the network has S/2's blocks, BLOCKS of them. The
-official code is imported as it is; only Inception and the accelerator around it are stand-ins, in C5 and C6. In C7 each side
-has a process of its own, as its users have it. Sides take turns within each round; a ratio is the median over rounds.
-The gates run first.
+official code is imported as it is; only Inception and the accelerator around it are stand-ins, in C5 and C6. In C7
+each side has a process of its own, as its users have it. Sides take turns within each round; a ratio is the median over
+rounds. The gates run first.
 Exit code 1 below "pass" or where a gate fails, 2 without the official code.
 """
 
