@@ -45,7 +45,7 @@ class Apart:
     def __init__(self, make: Callable[..., Side], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._end, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, *args))
+        self._process = context.Process(target=_serve, args=(theirs, make, *args), daemon=True)
         self._process.start()
         theirs.close()
 
