@@ -85,15 +85,18 @@ class SharedWork(WorkDirectory):
 
     def claim(self) -> str | None:
         """A unit to do, now this worker's; none where all are done or in other hands."""
+        done = set[str]()
         while True:
             names = storage.names_in(self.directory)
-            unit = next(self._leases.claims(self.missing(names), names), None)
+            todo = [unit for unit in self.missing(names) if unit not in done]  # a network's listings may lag
+            unit = next(self._leases.claims(todo, names), None)
             if unit is None:
                 return None
             if not all(storage.exists(self.path(unit, ending)) for ending in self._endings):
                 self._waited_s = 0.0
                 return unit
             self._leases.release(unit)  # done between the listing and the claim: so may others be
+            done.add(unit)
 
     def put(self, unit: str, result: Result) -> None:
         """Store a claimed unit's arrays, and with that its lease ends."""

@@ -197,6 +197,19 @@ def test_a_unit_is_done_when_all_its_files_are_there(shared):
     assert worker.claim() is None
 
 
+def test_a_listing_that_lags_behind_costs_a_look_at_each_unit_and_no_more(shared, monkeypatch):
+    units = [f"unit-{n}" for n in range(5)]
+    worker, late = shared(units), shared(units)
+    while (unit := worker.claim()) is not None:
+        worker.put(unit, result(1))
+    listings = []
+    monkeypatch.setattr(storage, "names_in", lambda directory: listings.append(directory) or set())
+    assert late.claim() is None
+    assert len(listings) == len(units) + 1
+    left = sorted(storage.sizes_in(late.directory))
+    assert left == [f"{unit}.npz" for unit in units], "no lease is left"
+
+
 def test_what_is_made_of_all_is_made_once_and_by_another_if_its_maker_fails(shared):
     made, workers = [], [shared() for _ in range(6)]
     path = workers[0].path("whole", ".txt")
