@@ -79,6 +79,8 @@ def commands(path: Path) -> Iterator[Command]:
         lines = content.splitlines()
         for row, line in enumerate(lines):
             if not parts:
+                if language == "console" and not line.startswith("$ "):
+                    continue  # what a command printed
                 number = first + row
             parts.append(line.strip().removeprefix("$ ").removesuffix("\\"))
             if line.endswith("\\"):

@@ -23,6 +23,8 @@ ASKED_EVERY_S = 5.0
 ROLL_CALL_S, LAST_WORDS_S = 0.05, 5.0
 """Seconds between looks at who has come; and for which rank 0 waits until all have heard who has."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What DeepSpeed looks for, where one process is alone and has no address."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def start(ranks: Ranks, timeout_s: float, store: Any = None) -> None:
         )
     if "MASTER_ADDR" not in os.environ:  # one process alone: no address to agree on
         store = torch_dist.HashStore()
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # DeepSpeed looks for them
+        os.environ |= _ALONE
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     try:
@@ -142,9 +144,12 @@ def start(ranks: Ranks, timeout_s: float, store: Any = None) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group; the environment is as before it, for processes that are started later."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+        if "MASTER_ADDR" not in os.environ:
+            for name in _ALONE:
+                os.environ.pop(name, None)
 
 
 def sum_(tensor: Tensor) -> Tensor:

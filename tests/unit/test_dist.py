@@ -1,7 +1,10 @@
 """Who a process is: told by the environment in full, or alone; never half."""
 
+import os
+
 import pytest
 
+from uvit_dist import dist
 from uvit_dist.dist import Ranks, ranks_from_environment
 from uvit_dist.errors import ConfigError
 
@@ -38,3 +41,12 @@ def test_slurm_tasks_that_would_each_think_they_are_alone(environment):
         ranks_from_environment()
     environment({"SLURM_NTASKS": "1"})
     assert ranks_from_environment() == Ranks()
+
+
+def test_a_process_alone_leaves_the_environment_as_it_was(environment):
+    environment({})
+    before = dict(os.environ)
+    dist.start(Ranks(), 10)
+    assert os.environ["WORLD_SIZE"] == "1", "DeepSpeed looks for it"
+    dist.stop()
+    assert dict(os.environ) == before

@@ -98,6 +98,7 @@ def test_stacks_are_shown_when_asked_and_by_a_signal_also_of_a_stopped_rank(rank
     ranks.start(0, 1)
     ranks.wait_for(lambda views: all(view.count == 0 for view in views), "beats")
     os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, ranks.processes[1].pid, os.WSTOPPED | os.WNOWAIT)  # all its threads
     ranks.server.tell_all(stacks=True)
     ranks.wait_for(lambda views: views[0].dumped, "the stacks of rank 0")
     assert not ranks.server.views()[1].dumped
