@@ -123,17 +123,19 @@ def is_gone(job_id: str, patience_s: float = PATIENCE_S) -> bool:
 
 
 def fate(job_id: str, patience_s: float = PATIENCE_S) -> Literal["runs", "requeued", "cancelled", "ended"]:
-    """What SLURM is doing to a job that was started, also while its processes still end. Raises ``UnavailableError``.
+    """What SLURM is doing to the job of this process, also while its processes end. Raises ``UnavailableError``.
 
     "cancelled" may also be the time limit, while the processes end: SLURM shows no difference.
     """
-    options = ["--noheader", "--states=all", "--jobs", job_id, "--format=%T %S"]
+    options = ["--noheader", "--states=all", "--jobs", job_id, "--Format=State:20,StartTime:24,RestartCnt:12"]
     try:
-        state, _, start = _ask(["squeue", *options], patience_s).strip().partition(" ")
+        state, start, restarts = [*_ask(["squeue", *options], patience_s).split(), "", "", ""][:3]
     except _Failed:
         return "ended"
+    if restarts.isdigit() and int(restarts) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        return "requeued"  # its time of starting may still be there
     if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT") or (state == "COMPLETING" and start == "N/A"):
-        return "requeued"  # it has no time of starting any more
+        return "requeued"
     if state in ("CANCELLED", "COMPLETING"):
         return "cancelled"
     return "ended" if state in ("", *GONE) else "runs"
