@@ -39,7 +39,7 @@ def rounds(sides: Mapping[str, Side], count: int) -> dict[str, list[float]]:
 class Apart:
     """A side in a process of its own, as its users have it: what others allocate and free is not in its way.
 
-    make: gives the side, in that process; called with args. Raises ``EOFError`` where it failed there.
+    make: gives the side, in that process, called with args. A round raises ``EOFError`` where it failed there.
     """
 
     def __init__(self, make: Callable[..., Side], *args: Any) -> None:
