@@ -15,11 +15,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def commit_of(directory: Path) -> str:
-    """The commit of a checkout, "-dirty" where files of it are changed; "" of any other directory."""
+    """The commit of a checkout, "-dirty" where files of it are changed but those in ``benchmarks/results``, which the
+    benchmarks themselves write one after the other; "" of any other directory.
+    """
     if not (directory / ".git").exists():
         return ""
-    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(directory), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return commit + ("-dirty" if commit and changed else "")
 
 
 def provenance() -> dict[str, Any]:

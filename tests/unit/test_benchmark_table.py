@@ -1,7 +1,9 @@
 """The record of a comparison, and the table of all."""
 
 import json
+import subprocess
 
+from benchmarks import commit_of
 from benchmarks.rounds import keep, result
 from benchmarks.table import IDS, in_a_row, rows
 
@@ -31,3 +33,25 @@ def test_the_table_tells_what_passed_what_did_not_and_what_is_missing(tmp_path):
     assert list(table) == IDS
     assert [table[name][6] for name in IDS[:4]] == ["passed", "NOT PASSED", "gate BROKEN", "not measured"]
     assert [table[name][7] for name in IDS[:4]] == ["1", "0", "0", "0"]
+
+
+def test_the_commit_of_a_result_says_where_code_was_changed_but_not_where_results_were(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    assert commit_of(tmp_path) == ""
+    git("init", "-q")
+    result, code = tmp_path / "benchmarks" / "results" / "C1.json", tmp_path / "benchmarks" / "data.py"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    code.write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "HEAD")
+    assert commit_of(tmp_path) == commit
+    result.write_text("[]")
+    assert commit_of(tmp_path) == commit
+    code.write_text("2")
+    assert commit_of(tmp_path) == f"{commit}-dirty"
