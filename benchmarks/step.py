@@ -44,7 +44,7 @@ from uvit_dist.engine import Engine
 from uvit_dist.errors import UserError
 from uvit_dist.guard import Guard
 from uvit_dist.loss import Objective
-from uvit_dist.models.cpu import keep_memory
+from uvit_dist.models.cpu import keep_memory, use_huge_pages
 from uvit_dist.models.uvit import UViT
 
 COMMAND = "make bench-step OFFICIAL=DIR"
@@ -168,6 +168,7 @@ def measure_c4(modules: official_parity.Modules, official: Path, count: int) -> 
     )  # fmt: skip
     numel = sum(p.numel() for p in weights)
     flat, eighth = ([torch.cat(tensors)[: numel // n] for tensors in (ours, weights)] for n in (1, 8))
+    use_huge_pages(flat)  # as the Engine does
     repeats = 4
 
     def official_loop() -> int:

@@ -17,6 +17,7 @@ from uvit_dist import attempts, forecast, orders, storage, submit
 from uvit_dist.config import Config
 from uvit_dist.config_cluster import ClusterProfile, Order, job_directory, read_profile
 from uvit_dist.errors import UserError
+from uvit_dist.evaluation import sweep
 
 PATIENCE_S = 5.0
 """Seconds for which a server that does not answer is asked again."""
@@ -40,7 +41,8 @@ class _Report:
 def dry_run(config: Config, job: str, then: Sequence[str] = (), array: int | None = None) -> str:
     """The batch script, the arithmetic and the forecast of a job. array: number of its tasks, none: no array.
 
-    Raises ``ConfigError`` for a profile that is wrong, or has fewer GPUs in a node than there are ranks.
+    Raises ``ConfigError`` for a profile that is wrong, or has fewer GPUs in a node than there are ranks, and for a
+    point of a sweep that is not valid.
     """
     report = _Report()
     profile = read_profile(config.launch.cluster)
@@ -253,10 +255,13 @@ def _failures(
 
 
 def _evaluate(report: _Report, config: Config, profile: ClusterProfile, world: int) -> None:
-    flop = forecast.sampling_flop(config)
+    """Of all points of a sweep, whose units of work are shared out together."""
+    points = sweep.points(config)
+    flop = sum(forecast.sampling_flop(point) for point in points)
     hours = flop / (profile.gpu_utilisation * profile.gpu_tflops * 1e12) / HOUR
-    chunks = math.ceil(config.evaluate.samples / config.evaluate.chunk_size)
-    report.add("samples", f"{config.evaluate.samples:,} in {chunks:,} units of work", "computed")
+    chunks = len(points) * math.ceil(config.evaluate.samples / config.evaluate.chunk_size)
+    for_each = f" for each of {len(points)} points of the sweep," if len(points) > 1 else ""
+    report.add("samples", f"{config.evaluate.samples:,}{for_each} in {chunks:,} units of work", "computed")
     report.add("sampling", f"{flop / 1e15:,.1f} PFLOP, without decoding and features", "computed")
     report.add(
         "GPU hours", f"{hours:,.2f}, {hours / min(world, chunks) * 60:,.1f} min on {world} rank(s)",

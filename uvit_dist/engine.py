@@ -26,6 +26,7 @@ from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.dist import Ranks
 from uvit_dist.ema import ema_decay_at, ema_update_
 from uvit_dist.errors import CheckpointError
+from uvit_dist.models.cpu import use_huge_pages
 from uvit_dist.replay import Replay
 from uvit_dist.stragglers import ForwardClock
 
@@ -98,8 +99,7 @@ class Engine:
             log.info("micro-batches of %d: train.micro_batch_size %d does not divide a rank's batch",
                      self._micro_batch, config.train.micro_batch_size)  # fmt: skip
         self._attention = attention_kernel(config, ranks.device)
-        net = net.to(ranks.device)
-        compile_blocks(net, config.speed, ranks.device)
+        compile_blocks(net := net.to(ranks.device), config.speed, ranks.device)
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
         initial = {name: p.detach().clone().flatten() for name, p in net.named_parameters()}
         wrapped = _Autocast(net, ranks.device.type, config.train.precision == "bf16_autocast")
@@ -133,6 +133,7 @@ class Engine:
         self.fragments = tuple(self._find_fragments())
         self._ema = [master.detach().clone() for master in self._masters]
         self._create_adam_state()
+        use_huge_pages(self._flat(kind, master) for kind in KINDS for master in range(len(self._masters)))
         zeros = {name: torch.zeros_like(value) for name, value in initial.items()}
         start = {"master": initial, "ema": initial, "exp_avg": zeros, "exp_avg_sq": zeros}
         # Under bf16, DeepSpeed's masters start from rounded weights: put the unrounded ones there.
@@ -375,8 +376,7 @@ class Engine:
         try:
             for kind in KINDS:
                 for fragment in self.fragments:
-                    view = self._view(kind, fragment)
-                    view.copy_(source(kind, fragment.name, fragment.start, fragment.numel))
+                    self._view(kind, fragment).copy_(source(kind, fragment.name, fragment.start, fragment.numel))
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             problem = f"rank {self.ranks.rank}: {error}"
         problems = [told for told in dist.gather(problem) if told is not None]

@@ -115,16 +115,26 @@ class Saver:
     # -- the parts -------------------------------------------------------------------------------------------------
 
     def _copied(self, state: dict[str, Tensor]) -> Tensor:
-        """The tensors one after the other in memory of the host that is used again, (n,) fp32."""
-        numel, on_gpu = sum(value.numel() for value in state.values()), self._ranks.device.type == "cuda"
+        """The tensors one after the other in memory of the host that is used again, (n,) fp32.
+
+        On a CPU the thread that will write copies the second half: it has nothing to do before.
+        """
+        parts = list(state.values())
+        numel, on_gpu = sum(value.numel() for value in parts), self._ranks.device.type == "cuda"
         if self._memory.numel() != numel:
             self._memory = torch.zeros(numel, pin_memory=on_gpu)
-        place = 0
-        for value in state.values():
-            self._memory[place : place + value.numel()].copy_(value, non_blocking=on_gpu)
-            place += value.numel()
+        places = self._memory.split([value.numel() for value in parts])
         if on_gpu:
+            for place, value in zip(places, parts, strict=True):
+                place.copy_(value, non_blocking=True)
             torch.cuda.synchronize(self._ranks.device)
+        elif parts:
+            half = len(parts) // 2
+            middle = sum(value.numel() for value in parts[:half])
+            second = self._pool.submit(torch.cat, parts[half:], out=self._memory[middle:])
+            if half:
+                torch.cat(parts[:half], out=self._memory[:middle])
+            second.result()
         return self._memory
 
     def _write(self, layout: list[tuple[str, int]], flat: Tensor) -> FileRecord | str:

@@ -1,6 +1,7 @@
 """What --dry-run prints, for every configuration as it stands, and from what a run has measured."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from uvit_dist.config_cluster import job_directory
 from uvit_dist.config_yaml import load_config
 from uvit_dist.dry_run import dry_run
 from uvit_dist.errors import ConfigError
+from uvit_dist.evaluation import sweep
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 H = ROOT / "configs" / "uvit_h_imagenet512.yaml"
@@ -51,6 +53,23 @@ def test_figures_say_whence_they_are():
     assert "for each checkpoint" in line(text, "then evaluate")
     assert "warning: data.index data/imagenet512/index.json is not there yet" in text
     assert "goodput at Young-Daly" in text
+
+
+def test_a_sweep_counts_with_all_of_its_points():
+    one = dry_run(load_config(H, ["sample.cfg_scale=0.4", "sample.steps=50"]), "evaluate")
+    both = dry_run(load_config(H, sweep.overrides_of(["cfg_scale=0,0.4", "steps=50,100"])), "evaluate")
+
+    def petaflop(text):
+        return float(line(text, "sampling").split()[1].replace(",", ""))
+
+    def units(text):
+        return int(re.search(r"([\d,]+) units of work", text).group(1).replace(",", ""))
+
+    assert "50,000 in" in line(one, "samples")
+    assert "50,000 for each of 4 points of the sweep, in" in line(both, "samples")
+    assert units(both) == 4 * units(one)
+    # a call without guidance is one of the network, with it two: 50 and 100, 2·50 and 2·100, for the 2·50 of one point
+    assert petaflop(both) == pytest.approx(petaflop(one) * 450 / 100, rel=1e-3)
 
 
 def test_memory_is_held_against_the_profiles_gpu(tmp_path):
