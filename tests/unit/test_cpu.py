@@ -37,10 +37,14 @@ def test_with_gradients_or_in_another_dtype_it_is_the_linear_layer_itself() -> N
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(layer(x), functional.gelu(functional.linear(x, layer.weight, layer.bias)))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        half = functional.linear(x, layer.weight, layer.bias)
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(layer(x), functional.gelu(half))
     with torch.no_grad():
-        assert layer.double()(x.double()).dtype == torch.float64
+        double, given = layer.double(), x.double()
+        assert torch.equal(double(given), functional.gelu(functional.linear(given, double.weight, double.bias)))
 
 
 @torch.no_grad()
