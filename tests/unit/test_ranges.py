@@ -10,14 +10,14 @@ from uvit_dist.data import ranges
 from uvit_dist.data.ranges import DIFFERENT, SHORT, WHOLE, Ranges, read_ranges
 from uvit_dist.errors import NoSuchFileError
 
-SIZES = (1, 16, 240, 241, 1000, 65_536, 200_001)
-"""On both sides of where XXH3 changes its ways."""
+SIZES = (1, 16, 240, 241, 1000, 65_536, 200_001, 400_003)
+"""On both sides of where XXH3 changes its ways, and of what is read to its place at once."""
 
 
 @pytest.fixture(params=["C", "Python"])
 def way(request, monkeypatch):
     if request.param == "C":
-        assert ranges.kernel() is not None, "no C compiler, or an xxhash that shows no XXH3_64bits"
+        assert ranges.kernel() is not None, "no C compiler, or an xxhash that shows no XXH3"
     else:
         monkeypatch.setattr(ranges, "kernel", lambda: None)
     return request.param
@@ -27,7 +27,7 @@ GAPS = (0, 1, 4096, 4097, 0, 511, 60_000)
 """Between ranges: some are read together, some are too far from each other."""
 
 
-@pytest.fixture(params=["in order", "backwards", "many in order"])
+@pytest.fixture(params=["in order", "backwards", "many in order", "each at a line of the cache"])
 def case(tmp_path, request):
     """A file, ranges of it, and the memory they go to."""
     content = np.random.default_rng(1).bytes(4 * sum(SIZES) + 100_000)
@@ -38,8 +38,10 @@ def case(tmp_path, request):
     starts = 7 + np.cumsum(gaps) + np.concatenate([[0], np.cumsum(sizes)[:-1]])
     if request.param == "backwards":
         sizes, starts = sizes[::-1].copy(), starts[::-1].copy()
-    memory = np.zeros(sizes.sum(), dtype=np.uint8)
-    to = np.uint64(memory.ctypes.data) + np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.uint64)
+    rooms = -(-sizes // 64) * 64 if request.param == "each at a line of the cache" else sizes
+    memory = np.zeros(rooms.sum() + 64, dtype=np.uint8)
+    begin = -memory.ctypes.data % 64
+    to = np.uint64(memory.ctypes.data + begin) + np.concatenate([[0], np.cumsum(rooms)[:-1]]).astype(np.uint64)
     hashes = [xxhash.xxh3_64_intdigest(content[a : a + n]) for a, n in zip(starts, sizes, strict=True)]
     wanted = Ranges(starts, sizes, np.array(hashes, dtype=np.uint64), to, np.arange(len(sizes)))
     return path, content, wanted, memory
@@ -48,8 +50,10 @@ def case(tmp_path, request):
 def test_each_range_goes_to_its_place(case, way):
     path, content, wanted, memory = case
     assert read_ranges(str(path), wanted).tolist() == [WHOLE] * len(wanted)
-    expected = b"".join(content[a:b] for a, b in zip(wanted.starts, wanted.ends, strict=True))
-    assert memory.tobytes() == expected
+    expected, base = np.zeros_like(memory), memory.ctypes.data
+    for begin, end, to in zip(wanted.starts, wanted.ends, wanted.to.tolist(), strict=True):
+        expected[to - base : to - base + end - begin] = np.frombuffer(content[begin:end], dtype=np.uint8)
+    assert np.array_equal(memory, expected)
 
 
 def test_a_flipped_bit_and_the_end_of_the_file_are_told_of_the_range_they_are_in(case, way):

@@ -21,6 +21,8 @@ from uvit_dist.data.latents import Provenance
 from uvit_dist.data.plan import Ids
 
 Addresses = NDArray[np.uint64]
+LINE = 64
+"""Bytes of a line of the processor's caches. Memory of batches begins at one, as numpy's own need not."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,14 @@ class Rows:
 
 def _memory(shape: tuple[int, ...], dtype: str, pinned: bool) -> NDArray[Any]:
     kind = np.dtype(dtype).newbyteorder("<")
-    if not pinned:
-        return np.empty(shape, dtype=kind)
     count = math.prod(shape) * kind.itemsize
-    return torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy().view(kind).reshape(shape)
+    if pinned:
+        memory = torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
+    else:
+        memory = np.empty(count + LINE, dtype=np.uint8)
+        begin = -memory.ctypes.data % LINE
+        memory = memory[begin : begin + count]
+    return memory.view(kind).reshape(shape)
 
 
 def _returned(left: list[int], pool: RowsPool, rows: Rows) -> None:

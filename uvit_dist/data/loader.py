@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -72,6 +72,7 @@ class ShardLoader:
         self._blocks: dict[tuple[int, int, int], _Block] = {}
         self._sizes = np.array(index.provenance.sizes, dtype=np.uint64)
         self._memory, self._rows = RowsPool(index.provenance, pinned), dict[int, Rows]()
+        self._unread: list[Callable[[], None]] = []
         self._next_in_plan = 0
 
     def adopt(self, journal: Journal, step: int | None = None) -> None:
@@ -120,6 +121,9 @@ class ShardLoader:
             for lane in self._lanes:
                 if (epoch + later, lane, block) not in self._blocks:
                     self._blocks[epoch + later, lane, block] = self._request(epoch + later, lane, block, step)
+        for read in self._unread:
+            read()
+        self._unread.clear()
 
     def _rows_of(self, step: int) -> Rows:
         if step not in self._rows:
@@ -160,7 +164,10 @@ class ShardLoader:
                 block.ids[place] = next(self._stand_ins(epoch, int(block.planned[place]), out))
 
     def _submit(self, block: _Block, group: Ids, epoch: int, part: Part) -> None:
-        """Read samples of one shard, now or in a thread, each to its place in its batch. group: places in the block."""
+        """Have samples of one shard read, each to its place in its batch. group: places in the block.
+
+        By a thread, or by this one after all blocks are requested: reading takes a processor's caches from Python.
+        """
 
         def read() -> None:
             outcome = self._reader.read(part, epoch)
@@ -168,7 +175,7 @@ class ShardLoader:
             block.failed.update({int(group[number]): reason for number, reason in outcome.failed.items()})
 
         if self._threads is None:
-            read()
+            self._unread.append(read)
         else:
             block.parts.append(self._threads.submit(read))
 

@@ -97,28 +97,35 @@ def _read_in_c(path: str, descriptor: int, ranges: Ranges) -> State:
     columns = (ranges.starts, ranges.sizes, ranges.to, ranges.expected)
     assert all(column.flags.c_contiguous and column.itemsize == 8 for column in columns)
     addresses = (column.ctypes.data for column in columns)
-    failed = code.read_checked(descriptor, len(ranges), *addresses, hash_function(), state.ctypes.data)
+    failed = code.read_checked(descriptor, len(ranges), *addresses, ctypes.byref(hash_functions()), state.ctypes.data)
     if failed:
         raise OSError(failed, os.strerror(failed), path)
     return state
 
 
-@cache
-def hash_function() -> int:
-    """The address of xxhash's own XXH3_64bits, for this processor where it can choose.
+class _HashFunctions(ctypes.Structure):
+    """``struct xxh3`` of read_checked.c."""
 
-    Raises ``OSError`` or ``AttributeError`` where it is not to be had.
+    _fields_ = [(name, ctypes.c_void_p) for name in ("create", "release", "reset", "update", "digest")]
+
+
+@cache
+def hash_functions() -> _HashFunctions:
+    """The addresses of xxhash's own functions for XXH3 of 64 bits, for this processor where they can choose.
+
+    Raises ``OSError`` or ``AttributeError`` where they are not to be had.
     """
     code = ctypes.CDLL(import_module("xxhash._xxhash").__file__)
-    function = getattr(code, "XXH3_64bits_dispatch", None) or code.XXH3_64bits
-    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+    update = getattr(code, "XXH3_64bits_update_dispatch", None) or code.XXH3_64bits_update
+    functions = (code.XXH3_createState, code.XXH3_freeState, code.XXH3_64bits_reset, update, code.XXH3_64bits_digest)
+    return _HashFunctions(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
 
 
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled function; none where it cannot be had. Once for each process."""
     try:
-        hash_function()
+        hash_functions()
         code = library(Path(__file__).with_name("read_checked.c"))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.info("no kernel for reading (%s); samples are read by Python, which takes longer", error)

@@ -4,14 +4,25 @@
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
-#ifdef __SSE2__
-#include <emmintrin.h>
+#ifdef __x86_64__
+#include <immintrin.h>
 #endif
 
 /* Bytes that one call may read: neighbours, and what lies between them where that is little. They stay in the second
    cache until they are hashed and put in their places. */
-#define TOGETHER_BYTES (160 << 10)
+#define TOGETHER_BYTES (320 << 10)
 #define GAP 4096
+/* Bytes that are hashed, and then put to their place: the stores wait in the processor while the next are hashed. */
+#define PIECE 1024
+
+/* xxhash's own functions for XXH3 of 64 bits in pieces. */
+struct xxh3 {
+    void *(*create)(void);
+    int (*release)(void *);
+    int (*reset)(void *);
+    int (*update)(void *, const void *, size_t);
+    uint64_t (*digest)(const void *);
+};
 
 /* Reads `size` bytes. Returns how many there were, or -1. */
 static int64_t read_all(int file, char *place, int64_t size, int64_t start) {
@@ -26,29 +37,53 @@ static int64_t read_all(int file, char *place, int64_t size, int64_t start) {
     return done;
 }
 
-/* Copies past the caches: what a batch will be is not needed soon, and need not be read before it is written. */
+/* Copies past the caches: what a batch will be is not needed soon, and need not be read before it is written. A store
+   of 64 bytes fills a line of them at once. */
+#ifdef __x86_64__
+__attribute__((target("avx512f"))) static int64_t put_64(char *to, const char *from, int64_t size) {
+    int64_t done = 0;
+    if (((uintptr_t)to & 63) == 0)
+        for (; done + 64 <= size; done += 64)
+            _mm512_stream_si512((__m512i *)(to + done), _mm512_loadu_si512(from + done));
+    return done;
+}
+
+static int64_t put_16(char *to, const char *from, int64_t size) {
+    int64_t done = 0;
+    if (((uintptr_t)to & 15) == 0)
+        for (; done + 16 <= size; done += 16)
+            _mm_stream_si128((__m128i *)(to + done), _mm_loadu_si128((const __m128i *)(from + done)));
+    return done;
+}
+#endif
+
 static void put(char *to, const char *from, int64_t size) {
     int64_t done = 0;
-#ifdef __SSE2__
-    if (((uintptr_t)to & 15) == 0)
-        for (; done + 64 <= size; done += 64) {
-            const __m128i *source = (const __m128i *)(from + done);
-            __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
-            __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
-            __m128i *place = (__m128i *)(to + done);
-            _mm_stream_si128(place, a), _mm_stream_si128(place + 1, b);
-            _mm_stream_si128(place + 2, c), _mm_stream_si128(place + 3, d);
-        }
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f")) done = put_64(to, from, size);
+    done += put_16(to + done, from + done, size - done);
 #endif
     memcpy(to + done, from + done, size - done);
+}
+
+/* The hash of `size` bytes; they are put to their place too, but where that is where they are. */
+static uint64_t hashed(const struct xxh3 *xxh3, void *hash, char *to, const char *from, int64_t size) {
+    xxh3->reset(hash);
+    for (int64_t done = 0, more; done < size; done += more) {
+        more = to == from || size - done < PIECE ? size - done : PIECE;
+        xxh3->update(hash, from + done, more);
+        if (to != from) put(to + done, from + done, more);
+    }
+    return xxh3->digest(hash);
 }
 
 /* For each of `count` ranges: 0 in `state` where it is whole, 1 where the file ends in it, 2 where it differs from its
    hash; what is not whole is in its place as far as it goes. Returns 0, or the errno of a read that failed. */
 int read_checked(int file, int64_t count, const int64_t *start, const int64_t *size, const uint64_t *to,
-                 const uint64_t *expected, uint64_t (*hash)(const void *, size_t), uint8_t *state) {
+                 const uint64_t *expected, const struct xxh3 *xxh3, uint8_t *state) {
     char buffer[TOGETHER_BYTES] __attribute__((aligned(64)));
-    int failed = 0;
+    void *hash = xxh3->create();
+    int failed = hash ? 0 : ENOMEM;
     for (int64_t first = 0, last; first < count && !failed; first = last) {
         int64_t end = start[first] + size[first];
         for (last = first + 1; last < count; last++) {
@@ -56,17 +91,23 @@ int read_checked(int file, int64_t count, const int64_t *start, const int64_t *s
             if (gap < 0 || gap > GAP || start[last] + size[last] - start[first] > TOGETHER_BYTES) break;
             end = start[last] + size[last];
         }
-        int large = size[first] > TOGETHER_BYTES;
-        int64_t got = read_all(file, large ? (char *)(uintptr_t)to[first] : buffer, end - start[first], start[first]);
+        char *place = size[first] > TOGETHER_BYTES ? (char *)(uintptr_t)to[first] : buffer;
+        int64_t got = read_all(file, place, end - start[first], start[first]);
         if (got < 0) failed = errno;
         for (int64_t i = first; i < last && !failed; i++) {
-            const char *from = large ? (char *)(uintptr_t)to[i] : buffer + (start[i] - start[first]);
+            const char *from = place + (start[i] - start[first]);
+            char *its = (char *)(uintptr_t)to[i];
             int64_t left = got - (start[i] - start[first]);
-            state[i] = left < size[i] ? 1 : hash(from, size[i]) == expected[i] ? 0 : 2;
-            if (!large && left > 0) put((char *)(uintptr_t)to[i], from, left < size[i] ? left : size[i]);
+            if (left >= size[i]) {
+                state[i] = hashed(xxh3, hash, its, from, size[i]) == expected[i] ? 0 : 2;
+            } else {
+                state[i] = 1;
+                if (its != from && left > 0) put(its, from, left);
+            }
         }
     }
-#ifdef __SSE2__
+    if (hash) xxh3->release(hash);
+#ifdef __x86_64__
     _mm_sfence(); /* before another thread is told that they are there */
 #endif
     return failed;
