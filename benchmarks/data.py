@@ -32,7 +32,7 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from benchmarks import ROOT, commit_of
-from benchmarks.rounds import Side, keep, ratios, result, rounds, show, timed
+from benchmarks.rounds import AT_LEAST, Side, keep, ratios, result, rounds, show, timed
 from benchmarks.shaped_link import CONNECTION_BYTES_S, FAULT_SHARE, FIRST_BYTE_S, LINK_BYTES_S, counts, shaped_link
 from uvit_dist import storage
 from uvit_dist.config_data import StorageConfig
@@ -229,7 +229,7 @@ def measure_c1(directory: Path, official: Path, count: int) -> dict[str, Any]:
     """The result of C1."""
     gates = gates_of_c1(directory)
     with one_core():
-        found = rounds(sides_of_c1(directory, official), count)
+        found = rounds(sides_of_c1(directory, official), max(count, AT_LEAST))
     against = {f"vs_{name}": ratios(found["ours"], found[name]) for name in found if name != "ours"}
     setting = SETTING | {"cores": 1, "read_threads": 0, "raw_piece_bytes": PIECE, "webdataset_shuffle": 1000,
                "npy": "DataLoader(num_workers=0, shuffle=True); vs_npy: float32"}  # fmt: skip

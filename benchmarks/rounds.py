@@ -19,6 +19,8 @@ from benchmarks import provenance
 
 WARM_UPS = 2
 """Rounds that are not counted."""
+AT_LEAST = 7
+"""Counted rounds, whatever was asked, where a round takes seconds: their medians then scatter less."""
 Side = Callable[[], float]
 """Does its part of a round and says how much it did in a second."""
 Limits = Mapping[str, tuple[float, float]]
