@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +75,7 @@ class MomentsMaker:
 
         pixels: (n, H, W, 3) uint8. Returns root mean square and largest difference, and that of storage in float16.
         """
-        x0 = self._x0(self._padded(pixels), mirrored=False)
+        (x0,) = self._x0(self._padded(pixels), [False])
         exact, found = (encode(x0).chunk(2, dim=1)[0] * scale_factor for encode in (
             self._autoencoder.encode_moments, self._encode))  # fmt: skip
         off, stored = found - exact, exact.half().float() - exact
@@ -86,12 +86,14 @@ class MomentsMaker:
         missing = self.batch_size - len(pixels)
         return pixels if not missing else torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
 
-    def _x0(self, pixels: Tensor, mirrored: bool) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 as images (B, 3, H, W) in [-1, 1], contiguous, on the device."""
+    def _x0(self, pixels: Tensor, mirrored: Sequence[bool]) -> Iterator[Tensor]:
+        """Pixels (B, H, W, 3) uint8 as images (B, 3, H, W) in [-1, 1], contiguous, on the device; for each flag."""
         if self._device.type == "cpu":
-            return self._host.x0(pixels, mirrored)
+            yield from self._host.x0(pixels, mirrored)
+            return
         stacked = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
-        return pixels_to_x0(stacked, torch.full((len(stacked),), mirrored, device=self._device))
+        for flag in mirrored:
+            yield pixels_to_x0(stacked, torch.full((len(stacked),), flag, device=self._device))
 
     @torch.inference_mode()
     def start(self, unit: Unit, places: range, pixels: Tensor) -> Finish:
@@ -103,7 +105,7 @@ class MomentsMaker:
         pixels = self._padded(pixels)
         if self._device.type == "cuda":
             pixels = pixels.pin_memory()
-        on_device = [self._encode(self._x0(pixels, shard.mirrored)) for shard in unit.shards]
+        on_device = [self._encode(x0) for x0 in self._x0(pixels, [shard.mirrored for shard in unit.shards])]
         moments = [_on_its_way(part) for part in on_device]
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:

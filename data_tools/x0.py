@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-AT_ONCE = 4
-"""Images that go through all steps together, while they are in the processor's cache."""
 
 
 class HostImages:
     """x0 = pixels/127.5 − 1 of a batch and of its mirror images, bit for bit ``pixels_to_x0``, laid out (B, 3, H, W).
 
-    What it returns is overwritten by its next call.
+    Image by image, so that one that is mirrored too is still in the processor's cache, as numbers that need no more
+    arithmetic. What it returns is overwritten by its next call.
     """
 
     def __init__(self) -> None:
         self._memory: dict[bool, Tensor] = {}
 
-    def x0(self, pixels: Tensor, mirrored: bool) -> Tensor:
-        """(B, 3, H, W) float32, contiguous, of pixels (B, H, W, 3) uint8 on the host."""
-        count, height, width, _ = pixels.shape
-        out = self._memory.get(mirrored)
-        if out is None or out.shape != (count, 3, height, width):
-            out = self._memory[mirrored] = torch.empty(count, 3, height, width)
+    def x0(self, pixels: Tensor, mirrored: Sequence[bool]) -> list[Tensor]:
+        """(B, 3, H, W) float32, contiguous, for each of ``mirrored``, of pixels (B, H, W, 3) uint8 on the host."""
+        plain = self._room(False, pixels)
+        flipped = self._room(True, pixels) if True in mirrored else None
         with _one_thread():
-            for part, into in zip(pixels.split(AT_ONCE), out.split(AT_ONCE), strict=True):
-                planes = part.permute(0, 3, 1, 2).contiguous()
-                into.copy_(planes.flip(-1) if mirrored else planes).div_(127.5).sub_(1.0)
-        return out
+            for number, image in enumerate(pixels):
+                plain[number].copy_(image.permute(2, 0, 1)).div_(127.5).sub_(1.0)
+                if flipped is not None:
+                    flipped[number].copy_(plain[number].flip(-1))
+        return [self._memory[flag] for flag in mirrored]
+
+    def _room(self, mirrored: bool, pixels: Tensor) -> Tensor:
+        count, height, width, _ = pixels.shape
+        room = self._memory.get(mirrored)
+        if room is None or room.shape != (count, 3, height, width):
+            room = self._memory[mirrored] = torch.empty(count, 3, height, width)
+        return room
 
 
 @contextlib.contextmanager

@@ -8,20 +8,21 @@ from uvit_dist.data.latents import pixels_to_x0
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("mirrored", [[False], [True], [False, True], [True, False]], ids=str)
 def test_bits_and_layout(count, mirrored):
     images = HostImages()
     for seed in range(2):
         draw = torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (count, 24, 16, 3), dtype=torch.uint8, generator=draw)
         found = images.x0(pixels, mirrored)
-        expected = pixels_to_x0(pixels.permute(0, 3, 1, 2), torch.full((count,), mirrored))
-        assert torch.equal(found, expected)
-        assert found.is_contiguous()
+        assert len(found) == len(mirrored)
+        for flag, x0 in zip(mirrored, found, strict=True):
+            assert torch.equal(x0, pixels_to_x0(pixels.permute(0, 3, 1, 2), torch.full((count,), flag)))
+            assert x0.is_contiguous()
 
 
 def test_memory_is_used_again_for_batches_of_one_size():
     images, pixels = HostImages(), torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
-    first, mirrored = images.x0(pixels, False), images.x0(pixels, True)
-    assert images.x0(pixels, False).data_ptr() == first.data_ptr() != mirrored.data_ptr()
-    assert images.x0(pixels[:2], False).shape == (2, 3, 8, 8)
+    first, mirrored = images.x0(pixels, [False, True])
+    assert images.x0(pixels, [False])[0].data_ptr() == first.data_ptr() != mirrored.data_ptr()
+    assert images.x0(pixels[:2], [False])[0].shape == (2, 3, 8, 8)
