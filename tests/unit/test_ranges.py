@@ -14,12 +14,17 @@ SIZES = (1, 16, 240, 241, 1000, 65_536, 200_001, 400_003)
 """On both sides of where XXH3 changes its ways, and of what is read to its place at once."""
 
 
-@pytest.fixture(params=["C", "Python"])
+AMOUNTS = {"C": (320 << 10, 1 << 10), "C, as on an AMD": (2 << 20, 4 << 10)}
+
+
+@pytest.fixture(params=[*AMOUNTS, "Python"])
 def way(request, monkeypatch):
-    if request.param == "C":
-        assert ranges.kernel() is not None, "no C compiler, or an xxhash that shows no XXH3"
-    else:
+    if request.param == "Python":
         monkeypatch.setattr(ranges, "kernel", lambda: None)
+    else:
+        assert ranges.kernel() is not None, "no C compiler, or an xxhash that shows no XXH3"
+        assert ranges.amounts() in AMOUNTS.values()
+        monkeypatch.setattr(ranges, "amounts", lambda: AMOUNTS[request.param])
     return request.param
 
 

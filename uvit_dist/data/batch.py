@@ -19,10 +19,9 @@ from torch import Tensor
 from uvit_dist.data.journal import Damage, Substitute
 from uvit_dist.data.latents import Provenance
 from uvit_dist.data.plan import Ids
+from uvit_dist.data.ranges import at_a_line
 
 Addresses = NDArray[np.uint64]
-LINE = 64
-"""Bytes of a line of the processor's caches. Memory of batches begins at one, as numpy's own need not."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,7 @@ class Rows:
 def _memory(shape: tuple[int, ...], dtype: str, pinned: bool) -> NDArray[Any]:
     kind = np.dtype(dtype).newbyteorder("<")
     count = math.prod(shape) * kind.itemsize
-    if pinned:
-        memory = torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
-    else:
-        memory = np.empty(count + LINE, dtype=np.uint8)
-        begin = -memory.ctypes.data % LINE
-        memory = memory[begin : begin + count]
+    memory = torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy() if pinned else at_a_line(count)
     return memory.view(kind).reshape(shape)
 
 

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import subprocess
+import threading
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 WHOLE, SHORT, DIFFERENT = range(3)
 """What becomes of a range: as its hash says; the file ends in it; it is another."""
 State = NDArray[np.uint8]
+LINE = 64
+"""Bytes of a line of the processor's caches."""
+_kept = threading.local()
+"""A thread's buffer, its memory given by the system once."""
 
 
 @dataclass
@@ -97,10 +102,37 @@ def _read_in_c(path: str, descriptor: int, ranges: Ranges) -> State:
     columns = (ranges.starts, ranges.sizes, ranges.to, ranges.expected)
     assert all(column.flags.c_contiguous and column.itemsize == 8 for column in columns)
     addresses = (column.ctypes.data for column in columns)
-    failed = code.read_checked(descriptor, len(ranges), *addresses, ctypes.byref(hash_functions()), state.ctypes.data)
+    together, piece = amounts()
+    rest = (ctypes.byref(hash_functions()), _buffer(together), together, piece, state.ctypes.data)
+    failed = code.read_checked(descriptor, len(ranges), *addresses, *rest)
     if failed:
         raise OSError(failed, os.strerror(failed), path)
     return state
+
+
+def at_a_line(count: int) -> NDArray[np.uint8]:
+    """Memory of ``count`` bytes, not set, that begins at a line of the caches, as numpy's own need not. (count,)."""
+    memory = np.empty(count + LINE, dtype=np.uint8)
+    begin = -memory.ctypes.data % LINE
+    return memory[begin : begin + count]
+
+
+def _buffer(together: int) -> int:
+    """The address of this thread's buffer."""
+    kept: NDArray[np.uint8] | None = getattr(_kept, "buffer", None)
+    if kept is None or len(kept) != together:
+        kept = _kept.buffer = at_a_line(together)
+    return kept.ctypes.data
+
+
+@cache
+def amounts() -> tuple[int, int]:
+    """On this processor: bytes that one call may read, and those that are hashed and put to their place by turns."""
+    code = kernel()
+    assert code is not None
+    together, piece = ctypes.c_int64(), ctypes.c_int64()
+    code.amounts(ctypes.byref(together), ctypes.byref(piece))
+    return together.value, piece.value
 
 
 class _HashFunctions(ctypes.Structure):
@@ -131,5 +163,5 @@ def kernel() -> ctypes.CDLL | None:
         log.info("no kernel for reading (%s); samples are read by Python, which takes longer", error)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_int64
-    code.read_checked.argtypes = [ctypes.c_int, long, *[pointer] * 6]
+    code.read_checked.argtypes = [ctypes.c_int, long, *[pointer] * 6, long, long, pointer]
     return code
