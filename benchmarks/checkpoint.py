@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ROOT
-from benchmarks.rounds import WARM_UPS, keep, result, show
+from benchmarks.rounds import AT_LEAST, WARM_UPS, keep, result, show
 from uvit_dist import checkpoint, dist
 from uvit_dist.config import CheckpointConfig
 from uvit_dist.dist import Ranks
@@ -143,7 +143,7 @@ def measure(directory: Path, count: int) -> dict[str, Any]:
     saver = Saver(str(directory / "run"), CheckpointConfig(every=1), ALONE)
     memory = torch.zeros(sum(value.numel() for value in state.values()))
     found: dict[str, list[float]] = {"stall_s": [], "slowdown": [], "torch_save_s": [], "bare_copy_s": []}
-    for number in range(WARM_UPS + count):
+    for number in range(WARM_UPS + max(count, AT_LEAST)):
         stall, slower = save_and_step(saver, state, number + 1, data)
         plain_s, copy_s = plain_save(state, directory / "plain.pt"), bare_copy(state, memory)
         row = (stall, slower, plain_s, copy_s)
