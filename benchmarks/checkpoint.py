@@ -36,6 +36,8 @@ TENSORS, NUMEL, SIDE = 300, 104_167, 900
 """Tensors of each of four kinds, elements of each: 500 MB. SIDE: of the matrices of a step."""
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 STEPS_BEFORE = 40
+FEWEST = 3 * AT_LEAST
+"""Rounds, whatever was asked: one takes two seconds, and its slowdown scatters by a tenth."""
 LIMITS = {"stall_ratio": (0.12, 0.07), "step_slowdown": (1.10, 1.10)}
 COMMAND = "make bench-checkpoint"
 ALONE = Ranks()
@@ -143,7 +145,7 @@ def measure(directory: Path, count: int) -> dict[str, Any]:
     saver = Saver(str(directory / "run"), CheckpointConfig(every=1), ALONE)
     memory = torch.zeros(sum(value.numel() for value in state.values()))
     found: dict[str, list[float]] = {"stall_s": [], "slowdown": [], "torch_save_s": [], "bare_copy_s": []}
-    for number in range(WARM_UPS + max(count, AT_LEAST)):
+    for number in range(WARM_UPS + max(count, FEWEST)):
         stall, slower = save_and_step(saver, state, number + 1, data)
         plain_s, copy_s = plain_save(state, directory / "plain.pt"), bare_copy(state, memory)
         row = (stall, slower, plain_s, copy_s)
