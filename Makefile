@@ -3,7 +3,7 @@
 # make unit   the tests that take seconds         make clean  remove what the demo wrote
 # make test-s3  the tests against a real S3 server, which they start
 # make test-slurm  the tests against a real four-node SLURM, which they start
-# make bench OFFICIAL=DIR  all that is measured on a CPU, C1 to C10, in about an hour, and a table of it (ROUNDS=3: in half of that; short ones keep their 7)
+# make bench OFFICIAL=DIR  all that is measured on a CPU, C1 to C10, in about an hour, and a table of it (ROUNDS=3: in half of that; short ones keep their 7 or 21)
 # make bench-data OFFICIAL=DIR  speed of reading shards, local and from S3, against others
 # make bench-precompute OFFICIAL=DIR  speed of images to moments, all but the encoder, against the official writer
 # make bench-slurm  seconds lost to each kind of fault, on the rehearsal cluster

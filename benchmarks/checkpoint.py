@@ -37,7 +37,7 @@ TENSORS, NUMEL, SIDE = 300, 104_167, 900
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 STEPS_BEFORE = 40
 FEWEST = 3 * AT_LEAST
-"""Rounds, whatever was asked: one takes two seconds, and its slowdown scatters by a tenth."""
+"""Rounds, whatever was asked: one takes seconds, and its slowdown scatters by a tenth."""
 LIMITS = {"stall_ratio": (0.12, 0.07), "step_slowdown": (1.10, 1.10)}
 COMMAND = "make bench-checkpoint"
 ALONE = Ranks()
