@@ -11,14 +11,14 @@ import uuid
 from pathlib import Path
 
 
-def library(source: Path) -> ctypes.CDLL:
-    """The functions of a C file, which are called without Python's lock.
+def library(source: Path, *options: str) -> ctypes.CDLL:
+    """The functions of a C file, which are called without Python's lock; options: further ones of the compiler.
 
     They are kept, compiled, in UVIT_DIST_CACHE, or ~/.cache/uvit_dist. Raises ``OSError`` or
     ``subprocess.SubprocessError`` where they cannot be had.
     """
     folder = Path(os.environ.get("UVIT_DIST_CACHE") or os.path.expanduser("~/.cache/uvit_dist"))
-    identity = source.read_bytes() + " ".join((platform.machine(), *platform.libc_ver())).encode()
+    identity = source.read_bytes() + " ".join((platform.machine(), *platform.libc_ver(), *options)).encode()
     kept = folder / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if kept.exists():
         try:
@@ -27,7 +27,7 @@ def library(source: Path) -> ctypes.CDLL:
             pass
     folder.mkdir(parents=True, exist_ok=True)
     temporary = f"{kept}.tmp-{uuid.uuid4().hex}"
-    command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-o", temporary, str(source)]
+    command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", *options, "-o", temporary, str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     os.replace(temporary, kept)
     return ctypes.CDLL(str(kept))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from uvit_dist.ema import ema_decay_at, ema_update_
+from uvit_dist.ema import IN_C_FROM, ema_decay_at, ema_update_, kernel
 
 
 def test_decay_without_warmup_is_constant() -> None:
@@ -39,6 +39,29 @@ def test_a_small_update_is_not_lost() -> None:
         bf16.lerp_(torch.full((1,), 2.0, dtype=torch.bfloat16), 1e-4)
     assert ema[0].item() == pytest.approx(2 - 0.9999**100, rel=1e-5)
     assert bf16.item() == 1  # the control: why the average is fp32
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.9, 0.9999])  # 0.1: as at the first step of the warm-up
+@pytest.mark.parametrize("size", [IN_C_FROM - 1, IN_C_FROM, 2 * IN_C_FROM + 12345])
+def test_large_averages_are_what_pytorch_computes(size: int, decay: float) -> None:
+    assert kernel() is not None, "there is no C compiler with OpenMP here"
+    generator = torch.Generator().manual_seed(size)
+    ema, master = (torch.randn(size + 1, generator=generator)[1:] for _ in range(2))  # at no line of the caches
+    expected, state = torch.lerp(ema, master, 1 - decay), ema._version
+    ema_update_([ema], [master], decay)
+    assert torch.equal(ema, expected)
+    assert ema._version > state, "what was made of the weights before is seen to be old"
+
+
+def test_large_averages_with_strides_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ema, master = (torch.randn(2, IN_C_FROM, generator=generator) for _ in range(2))
+    strided, contiguous = ema.clone().t(), ema.clone()
+    ema_update_([strided], [master.t()], 0.9)
+    monkeypatch.setattr("uvit_dist.ema.kernel", lambda: None)
+    ema_update_([contiguous], [master], 0.9)
+    assert torch.equal(strided.t(), contiguous)
+    assert torch.equal(contiguous, torch.lerp(ema, master, 1 - 0.9))
 
 
 def test_no_weights_is_no_work() -> None:
