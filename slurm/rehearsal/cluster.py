@@ -291,14 +291,17 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """The node loses power: its slurmd, all slurmstepd and all processes of jobs there are killed.
 
-        They stop first, so that none lives to see, and to answer, the death of another. Raises ``ValueError`` where
-        there is no such node.
+        They stop first, so that none lives to see, and to answer, the death of another. Returns when all are gone.
+        Raises ``ValueError`` where there is no such node, ``RuntimeError`` where one does not go.
         """
         self._check(node)
+        killed: set[int] = set()
         for number in (signal.SIGSTOP, signal.SIGSTOP, signal.SIGKILL):  # twice: what was started meanwhile, too
             for pid in [*self._daemons(node), *self.processes(node)]:
+                killed.add(pid)
                 with contextlib.suppress(OSError):
                     os.kill(pid, number)
+        self._wait(lambda: not any(map(is_running, killed)), STOP_S, f"{node} does not die")
         self._reap()
 
     def revive_node(self, node: str, wait: bool = True) -> None:

@@ -63,11 +63,16 @@ def node_of(pid: int) -> str:
 def daemon_processes(logs: set[str]) -> Iterator[int]:
     """slurmd and slurmstepd processes that hold one of those log files open."""
     for pid in _all():
-        with contextlib.suppress(OSError):
-            if not command_of(pid).startswith(("slurmstepd", "slurmd ")):
-                continue
-            if any(os.readlink(f"/proc/{pid}/fd/{fd}") in logs for fd in os.listdir(f"/proc/{pid}/fd")):
-                yield pid
+        if command_of(pid).startswith(("slurmstepd", "slurmd ")) and not logs.isdisjoint(_open_files(pid)):
+            yield pid
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    """Paths that a process has open; one that it closes meanwhile does not hide the others."""
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                yield os.readlink(f"/proc/{pid}/fd/{descriptor}")
 
 
 def _all() -> list[int]:
