@@ -45,7 +45,7 @@ void ema_update(float *ema, const float *masters, float weight, int64_t count) {
     if (__builtin_cpu_supports("avx512f")) update = update_512;
     else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) update = update_256;
 #endif
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic)
     for (int64_t begin = 0; begin < count; begin += BLOCK)
         update(ema + begin, masters + begin, weight, count - begin < BLOCK ? count - begin : BLOCK);
 }
