@@ -3,17 +3,22 @@
 import pytest
 import torch
 
-from data_tools.x0 import HostImages
+from data_tools.x0 import HostImages, kernel
 from uvit_dist.data.latents import pixels_to_x0
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
 @pytest.mark.parametrize("mirrored", [[False], [True], [False, True], [True, False]], ids=str)
-def test_bits_and_layout(count, mirrored):
+@pytest.mark.parametrize("compiled", [True, False], ids=["in C", "without a compiler"])
+@pytest.mark.parametrize("size", [(24, 16), (3, 7), (2, 1030)], ids=str)  # the last: wider than x0.c has rows in parts
+def test_bits_and_layout(count, mirrored, compiled, size, monkeypatch):
+    assert kernel() is not None, "there is no C compiler here"
+    if not compiled:
+        monkeypatch.setattr("data_tools.x0.kernel", lambda: None)
     images = HostImages()
     for seed in range(2):
         draw = torch.Generator().manual_seed(seed)
-        pixels = torch.randint(0, 256, (count, 24, 16, 3), dtype=torch.uint8, generator=draw)
+        pixels = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, generator=draw)
         found = images.x0(pixels, mirrored)
         assert len(found) == len(mirrored)
         for flag, x0 in zip(mirrored, found, strict=True):
