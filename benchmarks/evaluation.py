@@ -45,6 +45,8 @@ DIM, FULL, FEW, STREAM = 2048, 10_000, (500, 400), 50_000
 """Features; samples of the full-rank covariances, of the rank-deficient ones, and of the stream."""
 IMAGES, SIDE_PX, BATCH = 500, 512, 50
 STEPS, SCALE, CLASSES, BLOCKS = 50, 0.4, 1000, 3
+FEWEST_B2 = 3 * AT_LEAST
+"""Rounds of C7 with 2 images, whatever was asked: on some machines a single one is off by a fifth."""
 NETWORK: dict[str, Any] = {"img_size": 32, "patch_size": 2, "in_chans": 4, "embed_dim": 512, "depth": BLOCKS - 1,
                            "num_heads": 8, "num_classes": CLASSES + 1, "conv": False}  # fmt: skip
 LIMITS = {
@@ -298,7 +300,7 @@ def c7(official: Path, count: int) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {}
     for batch in (2, 16):
         apart = {name: Apart(c7_side, official, name, batch, torch.get_num_threads()) for name in sides}
-        found[f"b{batch}"] = rounds(apart, max(count, AT_LEAST) if batch == 2 else count)
+        found[f"b{batch}"] = rounds(apart, max(count, FEWEST_B2) if batch == 2 else count)
         for side in apart.values():
             side.close()
     against = {name: ratios(found[name]["ours"], found[name]["official"]) for name in ("b16", "b2")}
