@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import sys
@@ -13,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_tools import resample
 from data_tools.crops import Pixels
@@ -29,6 +29,8 @@ CHUNK = 16
 """Images that go to a process together."""
 PRELOADED = ["data_tools.decoding", "data_tools.decode"]
 """Imported once, by the server that decoding processes are forked from."""
+GREY = 128
+"""Each byte of an image that is bad."""
 READINGS = 4
 """Of an image on a server that is bad, until two agree that it is."""
 READ_AT_ONCE = 16
@@ -71,17 +73,19 @@ class Decoder(Dataset[Chunk]):
         return [self._chunk(request) for request in requests]
 
     def _chunk(self, request: Request) -> Chunk:
-        pixels = np.full((len(request.addresses), self._size, self._size, 3), 128, dtype=np.uint8)
-        chunk = Chunk(request.unit, request.first, torch.from_numpy(pixels))
+        chunk = Chunk(request.unit, request.first, _room(len(request.addresses), self._size))
+        pixels = chunk.pixels.numpy()
         began = time.perf_counter()
         try:
             for place, content in enumerate(self._contents(request.addresses)):
                 if content is None:
+                    pixels[place] = GREY
                     continue
                 before = time.perf_counter()
                 try:
                     pixels[place] = self._pixels(content)
                 except BadImageError as error:
+                    pixels[place] = GREY
                     chunk.bad[request.first + place] = str(error)
                 chunk.decode_s += time.perf_counter() - before
         except UserError as error:
@@ -112,6 +116,18 @@ class Decoder(Dataset[Chunk]):
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
             waiting = [None if a is None else pool.submit(_Content, self._reader, a) for a in addresses]
             yield from (None if content is None else content.result() for content in waiting)
+
+
+def _room(count: int, size: int) -> Tensor:
+    """Memory for images, (count, size, size, 3) uint8, not set; in a decoding process such as others can be handed.
+
+    As PyTorch's own collation has it: other memory is copied to such when a chunk is sent.
+    """
+    shape = (count, size, size, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class _Content:

@@ -194,8 +194,8 @@ class Pipeline:
             if end % self._maker.batch_size and end < len(work.unit.images):
                 continue
             places = range(work.chunks[0].first, end)
-            pixels = torch.from_numpy(np.concatenate([part.pixels.numpy() for part in work.chunks]))
-            work.chunks = []
+            parts, work.chunks = [part.pixels for part in work.chunks], []
+            pixels = parts[0] if len(parts) == 1 else torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
             finish = self._timed("waited_encoder", partial(self._maker.start, work.unit, places, pixels))
             pending.append((work, places, finish))
             if len(pending) > 1:

@@ -27,11 +27,43 @@ static inline uint8_t byte_of(int32_t sum) {
     return sum > 255 ? 255 : sum;
 }
 
-/* The first three of every `step` bytes, `count` times. `out` has a byte to spare, but for its last row. */
-static inline void pack(const uint8_t *in, int step, int count, int last, uint8_t *out) {
-    int whole = last ? count - 1 : count;
-    for (int x = 0; x < whole; x++) memcpy(out + 3 * x, in + (int64_t)step * x, 4);
-    if (last) memcpy(out + 3 * whole, in + (int64_t)step * whole, 3);
+#if defined(__GNUC__) && !defined(__clang__)
+typedef uint8_t sixteen __attribute__((vector_size(16)));
+#define FOUR_PIXELS(out, in, ...)                                                                                      \
+    do {                                                                                                               \
+        sixteen four;                                                                                                  \
+        memcpy(&four, in, 16);                                                                                         \
+        four = __builtin_shuffle(four, (sixteen){__VA_ARGS__});                                                        \
+        memcpy(out, &four, 16);                                                                                        \
+    } while (0)
+#endif
+
+/* `count` pixels of three bytes as such of four, the fourth without meaning, and the other way round. Nothing is read
+   or written past the last, four at a time where 16 bytes are left. */
+static inline __attribute__((always_inline)) void widen(const uint8_t *in, int count, uint8_t *out) {
+    int x = 0;
+#ifdef FOUR_PIXELS
+    for (; x + 6 <= count; x += 4)
+        FOUR_PIXELS(out + 4 * x, in + 3 * x, 0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+#endif
+    for (; x < count - 1; x++) memcpy(out + 4 * x, in + 3 * x, 4);
+    for (; x < count; x++) memcpy(out + 4 * x, in + 3 * x, 3);
+}
+
+static inline __attribute__((always_inline)) void narrow(const uint8_t *in, int count, uint8_t *out) {
+    int x = 0;
+#ifdef FOUR_PIXELS
+    for (; x + 6 <= count; x += 4)
+        FOUR_PIXELS(out + 3 * x, in + 4 * x, 0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 15, 15, 15);
+#endif
+    for (; x < count - 1; x++) memcpy(out + 3 * x, in + 4 * x, 4);
+    for (; x < count; x++) memcpy(out + 3 * x, in + 4 * x, 3);
+}
+
+/* The first three of every six bytes, `count` times. */
+static inline void every_other(const uint8_t *in, int count, uint8_t *out) {
+    for (int x = 0; x < count - 1; x++) memcpy(out + 3 * x, in + (int64_t)6 * x, 4);
+    memcpy(out + 3 * (count - 1), in + (int64_t)6 * (count - 1), 3);
 }
 
 static inline __attribute__((always_inline)) void sum_up(const pixel *row, int columns, int taps, const int32_t *first,
@@ -56,8 +88,7 @@ WIDE int resample_columns(const uint8_t *in, int64_t row_bytes, int width, int r
     int begin = first[0], end = first[columns - 1] + taps;
     if (end > width) end = width;
     for (int y = 0; y < rows; y++, in += row_bytes, out += 3 * (int64_t)columns) {
-        for (int x = begin; x < end - 1; x++) memcpy(bytes + 4 * x, in + 3 * x, 4);
-        memcpy(bytes + 4 * (end - 1), in + 3 * (end - 1), 3);
+        widen(in + 3 * begin, end - begin, bytes + 4 * begin);
         for (int i = 4 * begin; i < 4 * end; i++) ((int32_t *)row)[i] = bytes[i];
         switch (taps) { /* the loops of few taps, which nearly all images have, unrolled */
             case 2: sum_up(row, columns, 2, first, coefficients, sums); break;
@@ -70,7 +101,7 @@ WIDE int resample_columns(const uint8_t *in, int64_t row_bytes, int width, int r
             default: sum_up(row, columns, taps, first, coefficients, sums);
         }
         for (int i = 0; i < 4 * columns; i++) bytes[i] = byte_of(((int32_t *)sums)[i]);
-        pack(bytes, 4, columns, y == rows - 1, out);
+        narrow(bytes, columns, out);
     }
     free(row);
     return 0;
@@ -112,7 +143,7 @@ WIDE int halve(const uint8_t *in, int64_t row_bytes, int rows, int columns, uint
             uint8_t upper = (in[i] + in[i + 3] + 1) >> 1, lower = (below[i] + below[i + 3] + 1) >> 1;
             means[i] = (upper + lower + 1) >> 1;
         }
-        pack(means, 6, columns, y == rows - 1, out);
+        every_other(means, columns, out);
     }
     free(means);
     return 0;
