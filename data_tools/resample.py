@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from uvit_dist.compiled import library
+from uvit_dist.compiled import library_or_none
 
 log = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
@@ -138,10 +137,8 @@ def _halve(pixels: Pixels) -> Pixels:
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled functions, which release Python's lock; none where they cannot be had. Once for each process."""
-    try:
-        code = library(SOURCE)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("no kernel for resampling (%s); Pillow resizes images, which takes longer", error)
+    code = library_or_none(SOURCE, "Pillow resizes images")
+    if code is None:
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     code.resample_columns.argtypes = [pointer, long, *[number] * 4, pointer, pointer, pointer]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
-import subprocess
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,9 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from uvit_dist.compiled import library
-
-log = logging.getLogger(__name__)
+from uvit_dist.compiled import library_or_none
 
 
 class HostImages:
@@ -58,14 +54,11 @@ class HostImages:
 @cache
 def kernel() -> ctypes.CDLL | None:
     """x0.c, compiled; none where it cannot be. Once for each process."""
-    try:
-        code = library(Path(__file__).with_name("x0.c"))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("no kernel for x0 (%s); PyTorch's takes longer", error)
-        return None
-    pointer, long = ctypes.c_void_p, ctypes.c_int64
-    code.planes.argtypes = [pointer, pointer, long, long, pointer, pointer]
-    code.planes.restype = None
+    code = library_or_none(Path(__file__).with_name("x0.c"), "PyTorch makes floats of images")
+    if code is not None:
+        pointer, long = ctypes.c_void_p, ctypes.c_int64
+        code.planes.argtypes = [pointer, pointer, long, long, pointer, pointer]
+        code.planes.restype = None
     return code
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import subprocess
 import uuid
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def library(source: Path, *options: str) -> ctypes.CDLL:
@@ -31,3 +34,12 @@ def library(source: Path, *options: str) -> ctypes.CDLL:
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     os.replace(temporary, kept)
     return ctypes.CDLL(str(kept))
+
+
+def library_or_none(source: Path, instead: str, *options: str) -> ctypes.CDLL | None:
+    """``library``; none where it cannot be had, of which the log says why, and what is done ``instead``."""
+    try:
+        return library(source, *options)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("%s cannot be compiled (%s); %s, which takes longer", source.name, error, instead)
+        return None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from uvit_dist.compiled import library
+from uvit_dist.compiled import library_or_none
 
-log = logging.getLogger(__name__)
 IN_C_FROM = 2**20
 """Numbers of a tensor on a CPU from which on its average is computed by ema.c."""
 
@@ -61,10 +58,8 @@ def kernel() -> Callable[[int, int, float, int], None] | None:
 
     None where it cannot be compiled. Once for each process. It runs on the threads of PyTorch, whose OpenMP it finds.
     """
-    try:
-        code = library(Path(__file__).with_name("ema.c"), "-fopenmp")
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("no kernel for the EMA (%s); PyTorch's takes longer", error)
+    code = library_or_none(Path(__file__).with_name("ema.c"), "PyTorch computes the EMA", "-fopenmp")
+    if code is None:
         return None
     code.ema_update.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int64]
     code.ema_update.restype = None

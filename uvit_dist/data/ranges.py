@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import subprocess
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from uvit_dist.compiled import library
+from uvit_dist.compiled import library_or_none
 from uvit_dist.errors import NoSuchFileError
 
 log = logging.getLogger(__name__)
@@ -158,10 +157,11 @@ def kernel() -> ctypes.CDLL | None:
     """The compiled function; none where it cannot be had. Once for each process."""
     try:
         hash_functions()
-        code = library(Path(__file__).with_name("read_checked.c"))
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        log.info("no kernel for reading (%s); samples are read by Python, which takes longer", error)
+    except (OSError, AttributeError) as error:
+        log.info("xxhash's own functions are not to be had (%s); Python reads samples, which takes longer", error)
         return None
-    pointer, long = ctypes.c_void_p, ctypes.c_int64
-    code.read_checked.argtypes = [ctypes.c_int, long, *[pointer] * 6, long, long, pointer]
+    code = library_or_none(Path(__file__).with_name("read_checked.c"), "Python reads samples")
+    if code is not None:
+        pointer, long = ctypes.c_void_p, ctypes.c_int64
+        code.read_checked.argtypes = [ctypes.c_int, long, *[pointer] * 6, long, long, pointer]
     return code
