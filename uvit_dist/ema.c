@@ -2,8 +2,8 @@
 #include <stdint.h>
 
 /* A processor fetches ahead in one stretch of memory by what it saw there, and several keep more of its reads under way
-   than one. Floats in a stretch, by an odd number of lines of the caches, for else all would meet in the same sets of
-   them; in a line; and how far ahead is asked for. */
+   than one. Floats in a stretch, no power of two, for else all would meet in the same sets of the caches; in a line of
+   these; and how far ahead is asked for. */
 #define STRETCHES 8
 #define STRETCH (16384 + 128)
 #define LINE 16
