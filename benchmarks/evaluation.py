@@ -36,7 +36,8 @@ from uvit_dist.diffusion.guidance import noise_predictor
 from uvit_dist.diffusion.schedule import SCHEDULES
 from uvit_dist.diffusion.solvers import dpm_solver_pp
 from uvit_dist.fid import FeatureMoments, frechet_distance
-from uvit_dist.models.cpu import for_inference, keep_memory
+from uvit_dist.host_memory import keep_memory
+from uvit_dist.models.cpu import for_inference
 from uvit_dist.models.features import to_uint8, to_unit_range
 from uvit_dist.models.uvit import UViT
 

@@ -44,8 +44,8 @@ from uvit_dist.ema import ema_update_
 from uvit_dist.engine import Engine
 from uvit_dist.errors import UserError
 from uvit_dist.guard import Guard
+from uvit_dist.host_memory import keep_memory, use_huge_pages
 from uvit_dist.loss import Objective
-from uvit_dist.models.cpu import keep_memory, use_huge_pages
 from uvit_dist.models.uvit import UViT
 
 COMMAND = "make bench-step OFFICIAL=DIR"

@@ -24,6 +24,7 @@ from data_tools.images import Address, BadImageError, Reader
 from uvit_dist import storage
 from uvit_dist.config_data import StorageConfig
 from uvit_dist.errors import OutputError, UserError
+from uvit_dist.host_memory import keep_memory
 
 CHUNK = 16
 """Images that go to a process together."""
@@ -227,6 +228,7 @@ class _Setup:
     def __call__(self, worker: int) -> None:
         sys.excepthook = _told_if_ours
         torch.set_num_threads(1)
+        keep_memory()  # of decoded images: each took new pages, a few hundred kilobytes
         storage.configure(self._settings)
 
 

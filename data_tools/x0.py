@@ -30,7 +30,7 @@ class HostImages:
         plain = self._room(False, pixels)
         flipped = self._room(True, pixels) if True in mirrored else None
         code, pixels = kernel(), pixels.contiguous()
-        with _one_thread():
+        with one_thread():
             for number, image in enumerate(pixels):
                 if code is not None:
                     other = None if flipped is None else flipped[number].data_ptr()
@@ -63,7 +63,7 @@ def kernel() -> ctypes.CDLL | None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Small operations are not shared among threads: with decoding processes on all cores these wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

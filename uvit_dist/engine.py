@@ -26,7 +26,7 @@ from uvit_dist.config_rules import micro_batch_size
 from uvit_dist.dist import Ranks
 from uvit_dist.ema import ema_decay_at, ema_update_
 from uvit_dist.errors import CheckpointError
-from uvit_dist.models.cpu import use_huge_pages
+from uvit_dist.host_memory import use_huge_pages
 from uvit_dist.replay import Replay
 from uvit_dist.stragglers import ForwardClock
 

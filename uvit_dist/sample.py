@@ -18,7 +18,7 @@ from uvit_dist import storage
 from uvit_dist.dist import Ranks
 from uvit_dist.errors import ConfigError, explained_exit
 from uvit_dist.evaluation.point import png
-from uvit_dist.models.cpu import keep_memory
+from uvit_dist.host_memory import keep_memory
 from uvit_dist.pipeline import UViTPipeline
 
 

@@ -21,8 +21,8 @@ from uvit_dist.config import Config
 from uvit_dist.data.batch import Batch
 from uvit_dist.dist import Ranks
 from uvit_dist.engine import Engine
+from uvit_dist.host_memory import keep_memory
 from uvit_dist.loss import Objective
-from uvit_dist.models.cpu import keep_memory
 from uvit_dist.models.uvit import UViT
 from uvit_dist.train import micro_batches
 

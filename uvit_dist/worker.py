@@ -88,7 +88,7 @@ def _run(job: str, config: Config, name: str, stop: StopFlag | None) -> int:
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from uvit_dist import dist, metrics
-    from uvit_dist.models.cpu import keep_memory
+    from uvit_dist.host_memory import keep_memory
 
     ranks = dist.ranks_from_environment()
     metrics.set_up_logging(config.run_dir, ranks, name)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uvit_dist.models.cpu import _PACKED, HUGE_FROM, HUGE_PAGE, PackedLinear, for_inference, use_huge_pages
+from uvit_dist.host_memory import HUGE_FROM, HUGE_PAGE, use_huge_pages
+from uvit_dist.models.cpu import _PACKED, PackedLinear, for_inference
 from uvit_dist.models.features import to_uint8, to_unit_range
 from uvit_dist.models.uvit import UViT
 
@@ -106,7 +107,7 @@ def test_rounding_goes_by_images_and_keeps_the_layout() -> None:
 REUSE = """
 import resource, sys
 import torch
-from uvit_dist.models.cpu import keep_memory
+from uvit_dist.host_memory import keep_memory
 
 assert not int(sys.argv[1]) or keep_memory()
 for _ in range(12):

@@ -27,6 +27,7 @@ LAYERS = {
         "forecast",
         "tuning",
         "utilisation",
+        "host_memory",
         "profile_summary",
         "ema",
         "fid",
