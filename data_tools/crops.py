@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools import resample
+from data_tools.pillow_memory import rgb_pixels
 
 Pixels = NDArray[np.uint8]
 TALL = 1.9
@@ -54,7 +55,7 @@ def fast_adm_crop(image: Image.Image | Pixels, size: int) -> Pixels:
     scale = size / min(width, height)
     width, height = round(width * scale), round(height * scale)
     steps = [*((halved, resample.BOX) for halved in sizes[1:]), ((width, height), resample.BICUBIC)]
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(_rgb(image))
+    pixels = image if isinstance(image, np.ndarray) else rgb_pixels(_rgb(image))
     return resample.resample(pixels, steps, (width - size) // 2, (height - size) // 2, size)
 
 
@@ -82,7 +83,7 @@ def fast_coco_crop(image: Image.Image | Pixels, size: int) -> Pixels:
     """``coco_crop``, byte for byte, of an image or its pixels (H, W, 3). Returns (size, size, 3) uint8."""
     if not resample.agrees_with_pillow():
         return coco_crop(Image.fromarray(image) if isinstance(image, np.ndarray) else image, size)
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(_rgb(image))
+    pixels = image if isinstance(image, np.ndarray) else rgb_pixels(_rgb(image))
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     square = pixels[top : top + side, left : left + side]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_tools.pillow_memory import rgb_pixels
 from uvit_dist.compiled import library_or_none
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def axis(before: int, after: int, filter: Filter, begin: int, end: int) -> Axis:
 def resample(pixels: Pixels, steps: Sequence[tuple[Size, Filter]], left: int, top: int, size: int) -> Pixels:
     """Resize to each of the sizes in turn and cut (size, size, 3) at (left, top): the same bytes as Pillow's.
 
-    pixels: (H, W, 3). Only what the cut depends on is computed. Needs ``kernel``.
+    pixels: (H, W, 3 or 4), of which the first three count. Only what the cut depends on is computed. Needs ``kernel``.
     """
     sizes = [(pixels.shape[1], pixels.shape[0]), *(size for size, _ in steps)]
     x, y = (left, left + size), (top, top + size)
@@ -112,15 +113,15 @@ def _resize(pixels: Pixels, columns: Axis, rows: Axis) -> Pixels:
     code = kernel()
     assert code is not None
     failed = code.resample_columns(
-        pixels.ctypes.data, pixels.strides[0], width, height, len(columns.first), columns.coefficients.shape[1],
+        pixels.ctypes.data, *pixels.strides[:2], width, height, len(columns.first), columns.coefficients.shape[1],
         columns.first.ctypes.data, columns.coefficients.ctypes.data, middle.ctypes.data,
     )  # fmt: skip
-    if failed:
-        raise MemoryError
-    code.resample_rows(
+    failed |= code.resample_rows(
         middle.ctypes.data, middle.strides[0], height, len(rows.first), rows.coefficients.shape[1],
         rows.first.ctypes.data, rows.coefficients.ctypes.data, out.ctypes.data,
     )  # fmt: skip
+    if failed:
+        raise MemoryError
     return out
 
 
@@ -129,7 +130,7 @@ def _halve(pixels: Pixels) -> Pixels:
     out = np.empty((height, width, 3), dtype=np.uint8)
     code = kernel()
     assert code is not None
-    if code.halve(pixels.ctypes.data, pixels.strides[0], height, width, out.ctypes.data):
+    if code.halve(pixels.ctypes.data, *pixels.strides[:2], height, width, out.ctypes.data):
         raise MemoryError
     return out
 
@@ -140,11 +141,16 @@ def kernel() -> ctypes.CDLL | None:
     code = library_or_none(SOURCE, "Pillow resizes images")
     if code is None:
         return None
-    pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    code.resample_columns.argtypes = [pointer, long, *[number] * 4, pointer, pointer, pointer]
-    code.resample_rows.argtypes = [pointer, long, *[number] * 3, pointer, pointer, pointer]
-    code.halve.argtypes = [pointer, long, number, number, pointer]
+    declare(code)
     return code
+
+
+def declare(code: ctypes.CDLL) -> None:
+    """Tell ctypes what the functions of resample.c take."""
+    pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    code.resample_columns.argtypes = [pointer, long, *[number] * 5, pointer, pointer, pointer]
+    code.resample_rows.argtypes = [pointer, long, *[number] * 3, pointer, pointer, pointer]
+    code.halve.argtypes = [pointer, long, *[number] * 3, pointer]
 
 
 @cache
@@ -159,7 +165,8 @@ def agrees_with_pillow() -> bool:
         theirs = np.asarray(image.resize(size, filter.pillow))
         side = min(size)
         left = size[0] - side
-        if not np.array_equal(resample(pixels, [(size, filter)], left, 0, side), theirs[:side, left:]):
+        ours = [resample(given, [(size, filter)], left, 0, side) for given in (pixels, rgb_pixels(image))]
+        if not all(np.array_equal(part, theirs[:side, left:]) for part in ours):
             log.warning("Pillow %s resamples in another way than resample.c; Pillow does the work", Image.__version__)
             return False
     return True

@@ -9,6 +9,7 @@ from PIL import Image
 from data_tools import resample
 from data_tools.crops import CROPS, fast_adm_crop, fast_coco_crop
 from tests.golden_values import GOLDEN
+from uvit_dist.compiled import library
 
 GOLDEN_CROPS = np.load(GOLDEN / "crops.npz")
 EDGES = [(1, 1), (1, 7), (3, 2), (31, 32), (63, 64), (64, 64), (65, 129), (128, 128), (127, 255), (256, 1024),
@@ -99,6 +100,19 @@ def test_without_a_compiler_pillow_does_the_work(monkeypatch, tmp_path, photogra
     finally:
         for cached in (resample.kernel, resample.agrees_with_pillow):
             cached.cache_clear()
+
+
+@pytest.mark.parametrize("size", [48, 300])
+def test_processors_without_avx2_make_the_same_bytes(monkeypatch, photographs, size):
+    """resample.c has one way with its instructions, and one for all others."""
+    code = library(resample.SOURCE, "-DPORTABLE")
+    resample.declare(code)
+    monkeypatch.setattr(resample, "kernel", lambda: code)
+    for width, height in [(75, 50), (301, 331), (333, 444), (640, 427)]:
+        image = Image.fromarray(photographs[0]).resize((width, height))
+        for given in (image, np.asarray(image)):
+            assert np.array_equal(fast_adm_crop(given, size), plain_adm(image, size))
+            assert np.array_equal(fast_coco_crop(given, size), plain_coco(image, size))
 
 
 def test_another_arithmetic_is_noticed(monkeypatch, caplog):
