@@ -34,6 +34,8 @@ GREY = 128
 """Each byte of an image that is bad."""
 READINGS = 4
 """Of an image on a server that is bad, until two agree that it is."""
+GIVEN_BACK_FROM = 2**23
+"""Bytes from which on memory is not kept for the next image: an ImageNet image has less, others can have 700 MB."""
 READ_AT_ONCE = 16
 """Images that a process requests from a server at once."""
 
@@ -228,7 +230,7 @@ class _Setup:
     def __call__(self, worker: int) -> None:
         sys.excepthook = _told_if_ours
         torch.set_num_threads(1)
-        keep_memory()  # of decoded images: each took new pages, a few hundred kilobytes
+        keep_memory(GIVEN_BACK_FROM)
         storage.configure(self._settings)
 
 

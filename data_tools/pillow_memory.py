@@ -34,6 +34,8 @@ class _Lent:
     def __init__(self, image: Image.Image) -> None:
         self.kept = image.__arrow_c_array__()
         (pixels,) = _arrays(self.kept[1])
+        if pixels.length != 4 * image.height * image.width:
+            raise ValueError(f"{pixels.length} bytes, {image.width}x{image.height} pixels of 4 bytes expected")
         self.__array_interface__ = {
             "version": 3,
             "typestr": "|u1",

@@ -116,7 +116,7 @@ def _resize(pixels: Pixels, columns: Axis, rows: Axis) -> Pixels:
         pixels.ctypes.data, *pixels.strides[:2], width, height, len(columns.first), columns.coefficients.shape[1],
         columns.first.ctypes.data, columns.coefficients.ctypes.data, middle.ctypes.data,
     )  # fmt: skip
-    failed |= code.resample_rows(
+    failed = failed or code.resample_rows(
         middle.ctypes.data, middle.strides[0], height, len(rows.first), rows.coefficients.shape[1],
         rows.first.ctypes.data, rows.coefficients.ctypes.data, out.ctypes.data,
     )  # fmt: skip

@@ -121,14 +121,7 @@ def make_shards(
 
 def all_as_stored(arrays: NDArray[Any], dtype: str, keys: Sequence[str], what: str, setting: str) -> NDArray[Any]:
     """``as_stored`` of many at once, (n, ...). keys: of each; what: they are. Raises ``DataError``, with the key."""
-    if (arrays.dtype, dtype) == (np.float32, "float16"):  # numpy does both without the processor's instructions
-        with one_thread():
-            stored = torch.from_numpy(arrays).half().numpy()
-        finite = ((stored.view(np.uint16) & EXPONENT) != EXPONENT).all()
-    else:
-        with np.errstate(over="ignore"):
-            stored = arrays.astype(np.dtype(dtype).newbyteorder("<"))
-        finite = np.isfinite(stored).all()
+    stored, finite = _cast(arrays, dtype)
     if not finite:
         for key, array in zip(keys, arrays, strict=True):
             as_stored(array, dtype, f"{key}: {what}", setting)
@@ -140,13 +133,24 @@ def as_stored(array: NDArray[Any], dtype: str, what: str, setting: str) -> NDArr
 
     Raises ``DataError`` for values that are not finite there.
     """
-    with np.errstate(over="ignore"):
-        stored = array.astype(np.dtype(dtype).newbyteorder("<"))
-    if not np.isfinite(stored).all():
+    stored, finite = _cast(array, dtype)
+    if not finite:
         if np.isfinite(array).all():
             raise DataError(f"{what} are not finite in {dtype}; set {setting} float32")
         raise DataError(f"{what} are not finite; mend or remove what they are made of")
     return stored
+
+
+def _cast(array: NDArray[Any], dtype: str) -> tuple[NDArray[Any], bool]:
+    """The array in another type, and whether all of it is finite there."""
+    little = np.dtype(dtype).newbyteorder("<")
+    if (array.dtype, dtype) == (np.float32, "float16"):  # numpy does both without the processor's instructions
+        with one_thread():
+            stored = torch.from_numpy(np.ascontiguousarray(array)).half().numpy()
+        return stored.astype(little, copy=False), bool(((stored.view(np.uint16) & EXPONENT) != EXPONENT).all())
+    with np.errstate(over="ignore"):
+        cast = array.astype(little)
+    return cast, bool(np.isfinite(cast).all())
 
 
 def tool_of(config: Config) -> str:

@@ -19,14 +19,15 @@ HUGE_PAGE, HUGE_FROM = 2**21, 2**25
 """Bytes of a huge page, and those from which on a tensor is put into such."""
 
 
-def keep_memory() -> bool:
+def keep_memory(mapped_from: int = MAPPED_FROM) -> bool:
     """Have the process keep the memory of tensors that are freed, for the next ones. Returns whether that could be set.
 
     Else glibc gives tensors of 32 MiB and more, and what is free at the end of its heap, back to the kernel, which
     hands out pages filled with zeros again, at each step: a fiftieth of a step's time or more.
+    mapped_from: bytes from which on a piece of memory is given back as before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    kept = mallopt is not None and mallopt(_M_TRIM_THRESHOLD, -1) == 1 and mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM) == 1
+    kept = mallopt is not None and mallopt(_M_TRIM_THRESHOLD, -1) == 1 and mallopt(_M_MMAP_THRESHOLD, mapped_from) == 1
     if not kept:
         log.debug("this C library does not let a process keep the memory of freed tensors")
     return kept

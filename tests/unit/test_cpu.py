@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uvit_dist.host_memory import HUGE_FROM, HUGE_PAGE, use_huge_pages
+from uvit_dist.host_memory import HUGE_FROM, HUGE_PAGE, MAPPED_FROM, use_huge_pages
 from uvit_dist.models.cpu import _PACKED, PackedLinear, for_inference
 from uvit_dist.models.features import to_uint8, to_unit_range
 from uvit_dist.models.uvit import UViT
@@ -109,19 +109,25 @@ import resource, sys
 import torch
 from uvit_dist.host_memory import keep_memory
 
-assert not int(sys.argv[1]) or keep_memory()
+mapped_from, size = (int(number) for number in sys.argv[1:])
+assert not mapped_from or keep_memory(mapped_from)
 for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    large = [torch.ones(12 * 2**20) for _ in range(3)]
+    large = [torch.ones(size * 2**18) for _ in range(3)]
     del large
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def test_freed_memory_is_used_again() -> None:
-    """Page faults of the last of twelve rounds with three tensors of 48 MiB; the heap takes a few to settle."""
-    freed, kept = (int(subprocess.check_output([sys.executable, "-c", REUSE, keep])) for keep in ("0", "1"))
+    """Page faults of the last of twelve rounds with three tensors; the heap takes a few to settle."""
+    freed, kept, given_back, small = (
+        int(subprocess.check_output([sys.executable, "-c", REUSE, str(mapped_from), str(mebibytes)]))
+        for mapped_from, mebibytes in ((0, 48), (MAPPED_FROM, 48), (2**23, 48), (2**23, 6))
+    )
     assert kept < freed / 20
+    assert given_back > freed / 2, "tensors of more than is kept"
+    assert small < given_back / 20, "of less"
 
 
 def huge_bytes(tensor: torch.Tensor) -> int:

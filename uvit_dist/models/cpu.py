@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,6 @@ from torch.nn.functional import gelu
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from uvit_dist.models.uvit import Mlp
-
-log = logging.getLogger(__name__)
 
 _PACKED = WeakTensorKeyDictionary()
 """Weights in oneDNN's layout, by the weight, and which state of it that was; gone with the weight."""
